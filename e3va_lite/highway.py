@@ -1,0 +1,121 @@
+"""The gradient highway (section 3.2, Figs. 2-3, equations 7-8).
+
+    (7)  l[i+1] = l[i] + f_P1(l[i]) + f_P2(l[i] + f_P1(l[i]))                       frozen, no gradient
+    (8)  e[i+1] = e[i] + f_A1(f_P1(l[i])) + f_A2(f_P2(l[i] + f_P1(l[i])))           trained
+
+The highway starts where the stream starts, ``e[0] = l[0]``, and passes the stream's own reductions between stages. Its
+adapters are the identity when new, so at step 0 ``e`` equals ``l`` and the model is the frozen one. Afterwards
+``e - l`` is, within a stage, a plain sum over the adapters: all adapters of a stage receive the same gradient, and its
+way to each of them has length one. Nothing that is computed on the stream ``l`` is ever part of the graph.
+"""
+
+import copy
+
+import torch
+from timm.models.swin_transformer import SwinTransformer
+from torch import Tensor, nn
+
+from .adapters import LowRankAdapter, StandardAdapter
+from .errors import unknown
+from .swin import FPNNorms, embed, f_p1, f_p2, freeze, stage_dims
+
+# Figure 3 and the words around it. Each takes e, the taps f1 and f2 and the block's two adapters.
+STRUCTURES = {
+    "parallel": lambda e, f1, f2, a1, a2: e + a1(f1) + a2(f2),  # equation (8)
+    "stacked": lambda e, f1, f2, a1, a2: e + a2(a1(f1) + f2),  # the second adapter sees the first
+    "chained": lambda e, f1, f2, a1, a2: a2(a1(e + f1) + f2),  # the highway itself runs through every adapter
+}
+ADAPTERS = {"low_rank": LowRankAdapter, "standard": StandardAdapter}
+REDUCTIONS = ("inherited", "trainable")
+FPN_INPUTS = ("e", "e+l")
+
+
+class E3VA(nn.Module):
+    """A frozen Swin and the highway beside it; maps of the highway go to the neck.
+
+    Args:
+        swin: The pretrained part; it is frozen here.
+        stages: The stages (from 1) whose maps the task consumes; norms exist for these only.
+        structure: How the two adapters of a block meet (Fig. 3), a key of ``STRUCTURES``.
+        adapter: ``low_rank`` or ``standard`` (Fig. 4).
+        rank: alpha of the low-rank adapter; E3VA 8, E3VA+ 16, E3VA++ 32.
+        middle: Middle dimension; n/2 for ``low_rank`` and 32 for ``standard`` if not given (Table 5).
+        reduction: ``inherited``: the highway passes the backbone's own frozen layers; ``trainable``: copies of them,
+            trained (Table 6).
+        fpn_norm_trainable: Whether the norms before the neck are trained (Table 6).
+        fpn_input: What the norms see: the highway ``e``, or ``e+l``.
+
+    Attributes:
+        out_channels: Channels of each map.
+        strides: Pixels per step of each map.
+        passed_by_design: The backbone's modules that the highway runs through although they belong to the stream:
+            the inherited reductions. Gradients pass them; their parameters get none.
+    """
+
+    def __init__(
+        self,
+        swin: SwinTransformer,
+        stages: tuple[int, ...],
+        structure: str = "parallel",
+        adapter: str = "low_rank",
+        rank: int = 8,
+        middle: int | None = None,
+        reduction: str = "inherited",
+        fpn_norm_trainable: bool = True,
+        fpn_input: str = "e",
+    ) -> None:
+        super().__init__()
+        for kind, value, known in (
+            ("structure", structure, STRUCTURES),
+            ("adapter", adapter, ADAPTERS),
+            ("reduction", reduction, REDUCTIONS),
+            ("fpn_input", fpn_input, FPN_INPUTS),
+        ):
+            if value not in known:
+                raise unknown(kind, value, known)
+        self.swin = freeze(swin)
+        self.join = STRUCTURES[structure]
+        self.fpn_input = fpn_input
+        self.last_stage = max(stages)
+        sizes = {"rank": rank, "middle": middle} if adapter == "low_rank" else {"middle": 32 if middle is None else middle}
+        self.adapters = nn.ModuleList(
+            nn.ModuleList(
+                nn.ModuleList(ADAPTERS[adapter](block.dim, **sizes) for _ in range(2)) for block in stage.blocks
+            )
+            for stage in swin.layers[: self.last_stage]
+        )
+        # The first entry is the identity: a stage is reduced where it begins.
+        own_reductions = [copy.deepcopy(stage.downsample) for stage in swin.layers[: self.last_stage]]
+        self.reductions = nn.ModuleList(own_reductions).requires_grad_() if reduction == "trainable" else None
+        self.norms = FPNNorms(swin, stages, trainable=fpn_norm_trainable)
+        self.out_channels = [stage_dims(swin)[stage - 1] for stage in stages]
+        self.strides = [2 ** (stage + 1) for stage in stages]
+
+    @property
+    def passed_by_design(self) -> list[nn.Module]:
+        return [] if self.reductions is not None else [stage.downsample for stage in self.swin.layers]
+
+    def train(self, mode: bool = True) -> "E3VA":
+        super().train(mode)
+        self.swin.eval()  # frozen is a mode too: no stochastic depth on the stream
+        return self
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) -> one map (B, C_i, ceil(H/s_i), ceil(W/s_i)) per consumed stage."""
+        with torch.no_grad():
+            l = embed(self.swin, images)  # noqa: E741  (B, H/4, W/4, C), the paper's letter
+        e = l
+        maps = {}
+        for index, (stage, adapters) in enumerate(zip(self.swin.layers, self.adapters, strict=False)):
+            reduce = stage.downsample if self.reductions is None else self.reductions[index]
+            e = reduce(e)  # the gradient passes these layers ...
+            with torch.no_grad():
+                l = stage.downsample(l)  # noqa: E741  ... and never these
+            for block, (a1, a2) in zip(stage.blocks, adapters, strict=True):
+                with torch.no_grad():
+                    f1 = f_p1(block, l)
+                    f2 = f_p2(block, l + f1)
+                    l = l + f1 + f2  # noqa: E741  equation (7)
+                e = self.join(e, f1, f2, a1, a2)  # equation (8)
+            maps[index + 1] = e if self.fpn_input == "e" else e + l
+        return self.norms(maps)

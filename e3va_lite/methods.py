@@ -1,0 +1,274 @@
+"""Every way of tuning of Tables 1 and 2, as one dict of functions: name -> backbone module.
+
+All modules keep the one contract ``features = backbone(images)`` with ``out_channels`` and ``strides``, keep the
+pretrained part under the key ``swin.`` and, when new, compute what the frozen model computes. They differ in what is
+trained and in which way a gradient takes.
+"""
+
+import inspect
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from timm.models.swin_transformer import SwinTransformer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .adapters import KernelAdapter, QVUpdate, StandardAdapter
+from .errors import InputError, unknown
+from .highway import E3VA
+from .swin import FPNNorms, create_swin, embed, f_p1, f_p2, freeze, stage_dims
+
+MIDDLE = 64  # "middle dim of these methods are set to 64" (section 4.1): adapter, lora, adaptformer
+FPN_NORM = ("trainable", "fixed")
+
+
+def plain_block(block: nn.Module, x: Tensor) -> Tensor:
+    """Equation (5), the Swin block itself; (B, H, W, C) -> (B, H, W, C)."""
+    x = x + f_p1(block, x)
+    return x + f_p2(block, x)
+
+
+def serial_block(block: nn.Module, x: Tensor, a1: nn.Module, a2: nn.Module) -> Tensor:
+    """Equation (6): adapters behind the attention and behind the MLP, inside the backbone."""
+    x = x + a1(f_p1(block, x))
+    return x + a2(f_p2(block, x))
+
+
+class ScaledAdapter(StandardAdapter):
+    """The adapter of AdaptFormer (Chen et al. 2022): no skip, and a learnt scale."""
+
+    def __init__(self, dim: int, middle: int) -> None:
+        super().__init__(dim, middle)
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * self.change(x)
+
+
+def beside_block(block: nn.Module, x: Tensor, a1: nn.Module, a2: nn.Module) -> Tensor:
+    """AdaptFormer: adapters beside attention and MLP, on the same input."""
+    x = x + f_p1(block, x) + a1(x)
+    return x + f_p2(block, x) + a2(x)
+
+
+class ThroughBackbone(nn.Module):
+    """A Swin that gradients run through, as far down as anything in it is trained.
+
+    Args:
+        swin: The pretrained part; which of its parameters are trained is the caller's business.
+        stages: The stages (from 1) whose maps the task consumes.
+        fpn_norm_trainable: Whether the norms before the neck are trained.
+        run_block: ``(block, x, *extra) -> x`` for one block.
+        extra: Per block of the network in order, the modules that ``run_block`` wants; none if not given.
+        checkpointing: Keep only each block's input and compute the rest again on the way back (gradient checkpointing).
+        stochastic: Leave the backbone's stochastic depth on in train mode.
+    """
+
+    def __init__(
+        self,
+        swin: SwinTransformer,
+        stages: tuple[int, ...],
+        fpn_norm_trainable: bool,
+        run_block: Callable[..., Tensor] = plain_block,
+        extra: list[nn.ModuleList] | None = None,
+        checkpointing: bool = False,
+        stochastic: bool = False,
+    ) -> None:
+        super().__init__()
+        self.swin = swin
+        self.run_block = run_block
+        self.extra = nn.ModuleList(extra or [])
+        self.checkpointing = checkpointing
+        self.stochastic = stochastic
+        self.last_stage = max(stages)
+        self.norms = FPNNorms(swin, stages, trainable=fpn_norm_trainable)
+        self.out_channels = [stage_dims(swin)[stage - 1] for stage in stages]
+        self.strides = [2 ** (stage + 1) for stage in stages]
+
+    def train(self, mode: bool = True) -> "ThroughBackbone":
+        super().train(mode)
+        self.swin.train(mode and self.stochastic)
+        return self
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) -> one map (B, C_i, ceil(H/s_i), ceil(W/s_i)) per consumed stage."""
+        x = embed(self.swin, images)
+        extra = iter(self.extra)
+        maps = {}
+        for number, stage in enumerate(self.swin.layers[: self.last_stage], start=1):
+            x = stage.downsample(x)
+            for block in stage.blocks:
+                arguments = (block, x, *next(extra, ()))
+                if self.checkpointing and torch.is_grad_enabled():
+                    x = checkpoint(self.run_block, *arguments, use_reentrant=False)
+                else:
+                    x = self.run_block(*arguments)
+            maps[number] = x
+        return self.norms(maps)
+
+
+def full(swin: SwinTransformer, stages, fpn_norm="trainable", checkpointing=False) -> nn.Module:
+    """Everything is trained."""
+    model = ThroughBackbone(swin, stages, fpn_norm == "trainable", checkpointing=checkpointing, stochastic=True)
+    return model
+
+
+def fixed(swin: SwinTransformer, stages, fpn_norm="fixed", checkpointing=False) -> nn.Module:
+    """Nothing is trained but neck and head; ``fpn_norm="trainable"`` tells what the norms alone are worth."""
+    return ThroughBackbone(freeze(swin), stages, fpn_norm == "trainable", checkpointing=checkpointing)
+
+
+def bitfit(swin: SwinTransformer, stages, fpn_norm="trainable", checkpointing=False) -> nn.Module:
+    """Every parameter with "bias" in its name, relative-position bias tables and the norms' biases too."""
+    model = ThroughBackbone(freeze(swin), stages, False, checkpointing=checkpointing)
+    for name, parameter in model.named_parameters():
+        inside_norms = name.startswith("norms.")
+        parameter.requires_grad_("bias" in name and (fpn_norm == "trainable" or not inside_norms))
+    return model
+
+
+def norm(swin: SwinTransformer, stages, fpn_norm="trainable", checkpointing=False) -> nn.Module:
+    """Every norm of the backbone, and the norms before the neck."""
+    model = ThroughBackbone(freeze(swin), stages, fpn_norm == "trainable", checkpointing=checkpointing)
+    for module in swin.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.requires_grad_()
+    return model
+
+
+def partial1(swin: SwinTransformer, stages, fpn_norm="fixed", checkpointing=False) -> nn.Module:
+    """The last block."""
+    model = ThroughBackbone(freeze(swin), stages, fpn_norm == "trainable", checkpointing=checkpointing)
+    swin.layers[max(stages) - 1].blocks[-1].requires_grad_()
+    return model
+
+
+def adapter(swin: SwinTransformer, stages, middle=MIDDLE, fpn_norm="fixed", checkpointing=False) -> nn.Module:
+    """Two standard adapters per block, inside it (Houlsby et al. 2019)."""
+    extra = _pairs(swin, stages, lambda dim: StandardAdapter(dim, middle))
+    return ThroughBackbone(freeze(swin), stages, fpn_norm == "trainable", serial_block, extra, checkpointing)
+
+
+def lora(swin: SwinTransformer, stages, rank=MIDDLE, fpn_norm="fixed", checkpointing=False) -> nn.Module:
+    """Low-rank updates of q and v in every attention (Hu et al. 2022)."""
+    model = ThroughBackbone(freeze(swin), stages, fpn_norm == "trainable", checkpointing=checkpointing)
+    model.updates = nn.ModuleList(QVUpdate(block.dim, rank) for block in _blocks(swin, stages))
+    for block, update in zip(_blocks(swin, stages), model.updates, strict=True):
+        block.attn.qkv.register_forward_hook(update.hook)
+    return model
+
+
+def adaptformer(swin: SwinTransformer, stages, middle=MIDDLE, fpn_norm="fixed", checkpointing=False) -> nn.Module:
+    """Two scaled adapters per block, beside attention and MLP (Chen et al. 2022)."""
+    extra = _pairs(swin, stages, lambda dim: ScaledAdapter(dim, middle))
+    return ThroughBackbone(freeze(swin), stages, fpn_norm == "trainable", beside_block, extra, checkpointing)
+
+
+def lorand(swin: SwinTransformer, stages, rank=8, branches=2, fpn_norm="fixed", checkpointing=False) -> nn.Module:
+    """Two low-rank adapters with a shared kernel per block, inside it (Yin et al. 2023)."""
+    extra = _pairs(swin, stages, lambda dim: KernelAdapter(dim, rank, branches))
+    return ThroughBackbone(freeze(swin), stages, fpn_norm == "trainable", serial_block, extra, checkpointing)
+
+
+def e3va(
+    swin: SwinTransformer,
+    stages,
+    rank=8,
+    structure="parallel",
+    adapter="low_rank",
+    middle=None,
+    reduction="inherited",
+    fpn_norm="trainable",
+    fpn_input="e",
+) -> nn.Module:
+    """Adapters on the gradient highway: no gradient enters the backbone."""
+    narrowest = swin.layers[0].blocks[0].dim
+    width = narrowest // 2 if middle is None else middle
+    if adapter == "low_rank" and 2 * rank >= width:
+        warnings.warn(
+            f"rank={rank} is no longer low: two branches of it span the middle dimension {width} of the first stage.",
+            stacklevel=3,
+        )
+    return E3VA(swin, stages, structure, adapter, rank, middle, reduction, fpn_norm == "trainable", fpn_input)
+
+
+def e3va_plus(swin: SwinTransformer, stages, rank=16, **options) -> nn.Module:
+    """E3VA with alpha = 16."""
+    return e3va(swin, stages, rank, **options)
+
+
+def e3va_plus_plus(swin: SwinTransformer, stages, rank=32, **options) -> nn.Module:
+    """E3VA with alpha = 32."""
+    return e3va(swin, stages, rank, **options)
+
+
+METHODS: dict[str, Callable[..., nn.Module]] = {
+    "full": full,
+    "fixed": fixed,
+    "bitfit": bitfit,
+    "norm": norm,
+    "partial1": partial1,
+    "adapter": adapter,
+    "lora": lora,
+    "adaptformer": adaptformer,
+    "lorand": lorand,
+    "e3va": e3va,
+    "e3va+": e3va_plus,
+    "e3va++": e3va_plus_plus,
+}
+
+
+def build_backbone(
+    method: str,
+    name: str,
+    pretrained: bool = False,
+    weights: str | Path | None = None,
+    *,
+    stages: tuple[int, ...] = (1, 2, 3, 4),
+    drop_path_rate: float = 0.0,
+    **options,
+) -> nn.Module:
+    """A backbone that is tuned in one of the twelve ways.
+
+    Args:
+        method: A key of ``METHODS``: full fixed bitfit norm partial1 adapter lora adaptformer lorand e3va e3va+ e3va++.
+        name: A Swin: ``swin_nano`` or timm's names, see :func:`e3va_lite.swin.create_swin`.
+        pretrained: Load the published weights.
+        weights: A local file of weights instead.
+        stages: The stages (from 1) whose maps the task consumes.
+        drop_path_rate: Stochastic depth; only ``full`` ever runs it, elsewhere the backbone stays in eval mode.
+        **options: What the method takes: ``fpn_norm="trainable"|"fixed"`` for all; ``checkpointing`` for those whose
+            gradient runs through the backbone; ``rank``, ``middle``, ``structure``, ``adapter``, ``reduction``,
+            ``fpn_input`` for the E3VA family, see :class:`e3va_lite.highway.E3VA`.
+
+    Returns:
+        A module with ``features = backbone(images)``, ``backbone.out_channels`` and ``backbone.strides``. ``images``:
+        float (B, 3, H, W), both sides 32 or more; ``features``: one float map (B, C_i, ceil(H/s_i), ceil(W/s_i)) per
+        stage.
+
+    Raises:
+        InputError: For an unknown method, backbone, option or value, or for weights that do not fit.
+    """
+    if method not in METHODS:
+        raise unknown("method", method, METHODS)
+    function = METHODS[method]
+    known = list(inspect.signature(e3va if method.startswith("e3va") else function).parameters)[2:]
+    for option in options:
+        if option not in known:
+            raise unknown(f"option of method {method}", option, known)
+    if options.get("fpn_norm", "fixed") not in FPN_NORM:
+        raise unknown("fpn_norm", options["fpn_norm"], FPN_NORM)
+    if not stages or set(stages) - {1, 2, 3, 4} or list(stages) != sorted(set(stages)):
+        raise InputError(f"stages={tuple(stages)} must be ascending numbers out of 1, 2, 3 and 4.")
+    swin = create_swin(name, pretrained, weights, drop_path_rate)
+    return function(swin, tuple(stages), **options)
+
+
+def _blocks(swin: SwinTransformer, stages: tuple[int, ...]) -> list[nn.Module]:
+    return [block for stage in swin.layers[: max(stages)] for block in stage.blocks]
+
+
+def _pairs(swin: SwinTransformer, stages: tuple[int, ...], make: Callable[[int], nn.Module]) -> list[nn.ModuleList]:
+    return [nn.ModuleList([make(block.dim), make(block.dim)]) for block in _blocks(swin, stages)]

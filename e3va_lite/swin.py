@@ -1,0 +1,164 @@
+"""The Swin Transformer, opened up: stages, blocks and the two taps of every block.
+
+The modules and their weights are timm's; the order of operations is the official dense-prediction one ("Swin
+Transformer", Liu et al. 2021, detection and segmentation code), which pads a map to whole windows *before* it rolls it.
+timm rolls first. At 224x224 nothing is padded in the first stages and the two agree; at 256x320 they do not, and weights
+that were trained with one order see shifted windows cut in other places with the other.
+
+Maps in this file are NHWC, as everywhere inside Swin. What feeds necks is turned to NCHW in ``highway.py``/``methods.py``.
+"""
+
+from functools import partial
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.models.swin_transformer import SwinTransformer, window_partition, window_reverse
+from torch import Tensor, nn
+
+from .errors import InputError, unknown
+from .weights import load_weights
+
+MIN_SIZE = 32  # pixels: below this the last stage has less than one token
+
+#: A Swin in miniature, 3.5 M parameters, whose weights ship with the package.
+NANO = {"embed_dim": 40, "depths": (2, 2, 2, 2), "num_heads": (1, 2, 4, 8), "window_size": 7}
+NANO_WEIGHTS = Path(__file__).parent / "weights" / "swin_nano.safetensors"
+
+# timm's plain names mean weights that were fine-tuned on ImageNet-1K; the paper starts from ImageNet-22K.
+PAPER_TAG = ".ms_in22k"
+
+
+def backbone_names() -> list[str]:
+    """Every Swin that :func:`create_swin` can build: timm's, and ``swin_nano``."""
+    return ["swin_nano", *timm.list_models("swin_*", exclude_filters="*cr*")]
+
+
+def create_swin(
+    name: str, pretrained: bool = False, weights: str | Path | None = None, drop_path_rate: float = 0.0
+) -> SwinTransformer:
+    """timm's Swin of that name, for images of any size, without classifier and final norm.
+
+    Args:
+        name: One of :func:`backbone_names`, for timm's with or without a pretraining tag
+            (``swin_base_patch4_window7_224`` or ``swin_base_patch4_window7_224.ms_in22k``).
+        pretrained: Load weights: from timm's hub, ImageNet-22K where a name without a tag has them; for ``swin_nano``
+            from the package.
+        weights: A local ``.safetensors`` or ``.pth`` file instead, see :func:`e3va_lite.weights.load_weights`.
+        drop_path_rate: Stochastic depth of the last block; acts in train mode only.
+
+    Raises:
+        InputError: For an unknown name, weights that do not fit, or a hub that cannot be reached.
+    """
+    architecture = name.split(".")[0]
+    if architecture not in backbone_names():
+        raise unknown("backbone", name, backbone_names())
+    # always_partition keeps the shift in stages that fit into a single window; dynamic size computes masks per input.
+    options = {"strict_img_size": False, "always_partition": True, "drop_path_rate": drop_path_rate, "num_classes": 0}
+    if architecture == "swin_nano":
+        swin = SwinTransformer(**NANO, **options)
+        weights = weights or (NANO_WEIGHTS if pretrained else None)
+    else:
+        swin = _from_timm(name, pretrained and weights is None, options)
+    swin.norm, swin.head = nn.Identity(), nn.Identity()  # detectors have one norm per stage instead
+    if weights is not None:
+        load_weights(swin, weights)
+    return swin
+
+
+def _from_timm(name: str, pretrained: bool, options: dict) -> SwinTransformer:
+    if "." not in name and name + PAPER_TAG in timm.list_pretrained(name + ".*"):
+        name += PAPER_TAG
+    try:
+        return timm.create_model(name, pretrained=pretrained, **options)
+    except RuntimeError as error:
+        if not str(error).startswith("Invalid pretrained tag"):
+            raise
+        tags = [known.split(".")[1] for known in timm.list_pretrained(name.split(".")[0] + ".*")]
+        raise unknown("pretraining tag", name.split(".", 1)[1], tags) from error
+    except OSError as error:  # huggingface_hub's and urllib's errors are all of this family
+        raise InputError(
+            f"the weights of '{name}' could not be fetched from timm's hub ({type(error).__name__}): check the network, "
+            "or download them elsewhere and pass the file with --weights."
+        ) from error
+
+
+def freeze(module: nn.Module) -> nn.Module:
+    """Freezing is a mode and a flag: no parameter asks for a gradient, and nothing is random.
+
+    The mode does not survive ``model.train()`` on a parent; the backbones of this package re-apply it in their
+    ``train`` method.
+    """
+    return module.requires_grad_(False).eval()
+
+
+def embed(swin: SwinTransformer, images: Tensor) -> Tensor:
+    """Image to tokens, (B, 3, H, W) -> (B, ceil(H/4), ceil(W/4), C): the stream's start ``l[0]``.
+
+    Raises:
+        InputError: For a side below 32 pixels or a tensor that is not (B, 3, H, W).
+    """
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise InputError(f"images must be a float tensor of shape (B, 3, H, W), got {tuple(images.shape)}.")
+    height, width = images.shape[-2:]
+    if min(height, width) < MIN_SIZE:
+        raise InputError(f"an image of {height}x{width} is too small for Swin: resize both sides to {MIN_SIZE} or more.")
+    patch_h, patch_w = swin.patch_embed.patch_size
+    return swin.patch_embed(F.pad(images, (0, -width % patch_w, 0, -height % patch_h)))
+
+
+def f_p1(block: nn.Module, x: Tensor) -> Tensor:
+    """The tap ``f_P1`` of a block: (S)W-MSA(LN1(x)), (B, H, W, C) -> (B, H, W, C), without the skip.
+
+    Official order: norm, pad to whole windows, roll, attend, roll back, crop.
+    """
+    _, height, width, _ = x.shape
+    window, shift = block.window_size, block.shift_size
+    x = F.pad(block.norm1(x), (0, 0, 0, -width % window[1], 0, -height % window[0]))  # (B, H', W', C)
+    if any(shift):
+        x = torch.roll(x, (-shift[0], -shift[1]), dims=(1, 2))
+    windows = window_partition(x, window).flatten(1, 2)  # (B * windows, tokens per window, C)
+    windows = block.attn(windows, mask=_window_mask(block, x)).unflatten(1, window)
+    x = window_reverse(windows, window, *x.shape[1:3])  # (B, H', W', C)
+    if any(shift):
+        x = torch.roll(x, shift, dims=(1, 2))
+    return block.drop_path1(x[:, :height, :width])
+
+
+def _window_mask(block: nn.Module, x: Tensor) -> Tensor | None:
+    """What may not attend to what after the roll: (windows, tokens, tokens) of 0 and -10,000, or None without a shift.
+
+    The official mask says -100, whose softmax is not zero but a denormal number, and CPUs multiply denormals some ten
+    times slower: -10,000 gives the same maps in half the time of a training step.
+    """
+    mask = block.get_attn_mask(x)
+    return None if mask is None else 100 * mask
+
+
+def f_p2(block: nn.Module, x: Tensor) -> Tensor:
+    """The tap ``f_P2`` of a block: MLP(LN2(x)), (B, H, W, C) -> (B, H, W, C), without the skip."""
+    return block.drop_path2(block.mlp(block.norm2(x)))
+
+
+def stage_dims(swin: SwinTransformer) -> list[int]:
+    """Channels of the four stages, e.g. [192, 384, 768, 1536] for Swin-L."""
+    return [stage.blocks[0].dim for stage in swin.layers]
+
+
+class FPNNorms(nn.ModuleDict):
+    """One new LayerNorm per consumed stage (paper section 3.2, "FPN in E3VA"), and the way from NHWC to NCHW.
+
+    Keys are stage numbers from 1. Classifiers have no such norms, so they start as plain LayerNorms and are trained
+    or kept, never pretrained.
+    """
+
+    def __init__(self, swin: SwinTransformer, stages: tuple[int, ...], trainable: bool) -> None:
+        dims = stage_dims(swin)
+        norm = partial(nn.LayerNorm, eps=1e-5)
+        super().__init__({str(stage): norm(dims[stage - 1]) for stage in stages})
+        self.requires_grad_(trainable)
+
+    def forward(self, maps: dict[int, Tensor]) -> list[Tensor]:
+        """Maps by stage number, (B, H, W, C) each -> list of (B, C, H, W), in the order of the stages."""
+        return [norm(maps[int(stage)]).permute(0, 3, 1, 2).contiguous() for stage, norm in self.items()]

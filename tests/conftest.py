@@ -1,0 +1,24 @@
+import os
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """The machine's CUDA device where there is one: the same tests run there too."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def real_data() -> str:
+    """The folder of real images that E3VA_REAL_DATA names; tests that want it are skipped without."""
+    folder = os.environ.get("E3VA_REAL_DATA")
+    if not folder:
+        pytest.skip("E3VA_REAL_DATA does not name a folder of real images")
+    return folder

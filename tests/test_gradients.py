@@ -1,0 +1,224 @@
+"""No gradient reaches the backbone: the proofs hold where they must, fail where they must, and catch planted leaks."""
+
+import contextlib
+import types
+
+import pytest
+import torch
+from test_methods import FAMILY
+from torch import nn
+
+from e3va_lite import IsolationError, assert_isolated, build_backbone
+from e3va_lite.gradients import parameters_with_grad, random_functional, reached_by_graph
+from e3va_lite.swin import embed, f_p1, f_p2
+
+
+@pytest.fixture
+def images(device):
+    return torch.randn(2, 3, 64, 64, device=device)
+
+
+@pytest.mark.filterwarnings("ignore:rank=")
+@pytest.mark.parametrize("options", FAMILY, ids=lambda o: "-".join(map(str, o.values())))
+def test_e3va_is_isolated(options, images, device):
+    assert_isolated(build_backbone("e3va", "swin_nano", **options).to(device), images)
+
+
+@pytest.mark.filterwarnings("ignore:rank=")
+@pytest.mark.parametrize("method", ["e3va+", "e3va++"])
+def test_larger_ranks_are_isolated(method, images, device):
+    assert_isolated(build_backbone(method, "swin_nano").to(device), images)
+
+
+def test_fixed_with_trained_norms_is_isolated(images, device):
+    assert_isolated(build_backbone("fixed", "swin_nano", fpn_norm="trainable").to(device), images)
+
+
+@pytest.mark.parametrize(
+    ("method", "evidence"),
+    [
+        ("full", "parameter swin.layers.2.blocks.0.attn.qkv.weight got a gradient"),
+        ("adapter", "the graph passes module swin.layers.2.blocks.0.mlp.fc1"),
+        ("lora", "the graph passes module swin.layers.2.blocks.0.attn.proj"),
+        ("bitfit", "parameter swin.layers.2.blocks.0.mlp.fc1.bias was moved by the optimiser"),
+    ],
+)
+def test_methods_that_run_through_the_backbone_fail(method, evidence, images, device):
+    with pytest.raises(IsolationError) as error:
+        assert_isolated(build_backbone(method, "swin_nano").to(device), images)
+    assert evidence in str(error.value)
+
+
+def test_the_model_is_put_back(images, device):
+    backbone = build_backbone("e3va", "swin_nano").to(device).eval()
+    before = {key: value.clone() for key, value in backbone.state_dict().items()}
+    random_state = torch.get_rng_state()
+    assert_isolated(backbone, images)
+    assert all(torch.equal(value, before[key]) for key, value in backbone.state_dict().items())
+    assert not backbone.training and torch.equal(torch.get_rng_state(), random_state)
+    assert all(p.grad is None for p in backbone.parameters())
+
+
+def test_the_default_loss_is_not_blind():
+    """The mean square of a LayerNorm's output is constant: as a loss it moves nothing and proves anything."""
+    norm = nn.LayerNorm(64)
+    x = torch.randn(8, 64, requires_grad=True)
+    norm(x).square().mean().backward()
+    blind, x.grad = x.grad.abs().max(), None
+    random_functional(norm(x)).backward()
+    assert x.grad.abs().max() > 1e3 * blind
+
+
+# Planted leaks. Each changes one thing in the highway's forward pass or set-up; each really leaks; each is caught.
+
+
+def leaky(model, guard=True, taps_of_e=False, into_stream=False):
+    """The E3VA forward pass again, with a hole where asked for."""
+
+    def forward(self, images):
+        no_grad = torch.no_grad if guard else contextlib.nullcontext
+        with no_grad():
+            l = embed(self.swin, images)  # noqa: E741
+        e, maps = l, {}
+        for number, (stage, adapters) in enumerate(zip(self.swin.layers, self.adapters, strict=True), start=1):
+            e = stage.downsample(e)
+            with no_grad():
+                l = stage.downsample(l)  # noqa: E741
+            for block, (a1, a2) in zip(stage.blocks, adapters, strict=True):
+                with torch.enable_grad() if taps_of_e else no_grad():
+                    source = e if taps_of_e else l
+                    f1 = f_p1(block, source)
+                    f2 = f_p2(block, source + f1)
+                    l = l + f1 + f2  # noqa: E741
+                e = e + a1(f1) + a2(f2)
+                if into_stream:
+                    l = l + (a1(f1) - f1)  # noqa: E741
+            maps[number] = e
+        return self.norms(maps)
+
+    model.forward = types.MethodType(forward, model)
+    return model
+
+
+@pytest.fixture
+def model(device):
+    return build_backbone("e3va", "swin_nano", drop_path_rate=0.5).to(device)
+
+
+def caught(model, images, *evidence):
+    with pytest.raises(IsolationError) as error:
+        assert_isolated(model, images)
+    for text in evidence:
+        assert text in str(error.value)
+
+
+def test_the_copied_forward_pass_has_no_leak_of_its_own(model, images):
+    """Without a hole the copy equals the original and passes: what the next tests catch is the hole."""
+    expected = model(images)
+    for a, b in zip(expected, leaky(model)(images), strict=True):
+        torch.testing.assert_close(a, b)
+    assert_isolated(leaky(model, guard=False), images)  # flags alone do isolate, as long as all of them are off
+
+
+def test_leak_flag_left_on_without_no_grad(model, images):
+    model.swin.layers[1].blocks[0].attn.qkv.weight.requires_grad_()
+    assert_isolated(model, images)  # harmless behind no_grad
+    caught(
+        leaky(model, guard=False),
+        images,
+        "parameter swin.layers.1.blocks.0.attn.qkv.weight got a gradient",
+        "the graph ends in parameter swin.layers.1.blocks.0.attn.qkv.weight",
+        "parameter swin.layers.1.blocks.0.attn.qkv.weight was moved",
+    )
+
+
+def test_leak_taps_of_the_highway_instead_of_the_stream(model, images):
+    leaky(model, taps_of_e=True)
+    assert not parameters_with_grad(model.train(), (images,), model.swin, random_functional)  # flags do not see it
+    caught(model, images, "the graph passes module swin.layers.0.blocks.1.norm1")
+
+
+def test_leak_adapter_output_added_to_the_stream(model, images):
+    caught(leaky(model, guard=False, into_stream=True), images, "the graph passes module swin.layers.0.blocks.1.attn.qkv")
+
+
+def test_leak_shared_reduction_made_trainable(model, images):
+    model.swin.layers[2].downsample.reduction.requires_grad_()
+    caught(model, images, "parameter swin.layers.2.downsample.reduction.weight got a gradient")
+
+
+def test_leak_shared_norm_made_trainable(model, images):
+    model.swin.layers[3].blocks[0].norm1.requires_grad_()
+    model.norms["4"] = model.swin.layers[3].blocks[0].norm1
+    caught(model, images, "swin.layers.3.blocks.0.norm1.weight got a gradient")
+
+
+def test_leak_stochastic_depth_alive_after_train(model, images):
+    model.train = types.MethodType(nn.Module.train, model)  # what a class without its own train() would do
+    model.train()
+    assert not torch.equal(model(images)[3], model(images)[3])
+    caught(model, images, "drop_path1 is not repeatable")
+
+
+def test_leak_attention_dropout_alive_after_train(model, images):
+    class Awake(nn.Dropout):
+        def train(self, mode=True):  # deaf to eval()
+            return super().train(True)
+
+    model.swin.layers[0].blocks[0].attn.attn_drop = Awake(0.3)
+    caught(model, images, "attn_drop is not repeatable")
+
+
+def test_leak_patch_embedding_outside_the_guard(model, images):
+    model.swin.patch_embed.proj.bias.requires_grad_()
+    caught(leaky(model, guard=False), images, "the graph ends in parameter swin.patch_embed.proj.bias")
+
+
+def test_leak_weight_tied_between_adapter_and_backbone(model, images):
+    adapter, block = model.adapters[0][0][0], model.swin.layers[0].blocks[0]
+    adapter.up.b = block.norm1.bias  # the same parameter in two places, trainable in both
+    block.norm1.bias.requires_grad_()
+    caught(model, images, "norm1.bias got a gradient")
+
+
+def test_leak_batch_statistics_that_follow_the_data(images, device):
+    """Somebody's own model: every flag is off, and the backbone changes all the same."""
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).requires_grad_(False), nn.Conv2d(8, 4, 1))
+    with pytest.raises(IsolationError, match=r"buffer 1\.running_mean of the backbone changed"):
+        assert_isolated(model.to(device), images, backbone="0")
+
+
+def test_leak_gradient_through_a_frozen_layer_of_somebodys_own_model(images, device):
+    prompt = nn.Conv2d(3, 3, 1)
+    model = nn.Sequential(prompt, nn.Conv2d(3, 8, 3).requires_grad_(False), nn.Conv2d(8, 4, 1)).to(device)
+    with pytest.raises(IsolationError, match="the graph passes module 1"):
+        assert_isolated(model, images, backbone=model[1])
+
+
+def test_a_trainable_parameter_that_cannot_move_is_reported(model, images):
+    with torch.no_grad():  # the saddle: both factors of U zero
+        model.adapters[0][0][0].up.t.zero_()
+    caught(model, images, "trainable parameter adapters.0.0.0.up.t did not move")
+
+
+@pytest.mark.parametrize("backbone", ["no.such.module", None])
+def test_no_backbone_is_an_error(backbone, images):
+    with pytest.raises(ValueError, match="module"):
+        assert_isolated(nn.Linear(3, 3), images, backbone=backbone)
+
+
+def test_reached_by_graph_sees_no_node_of_the_inherited_reduction_as_a_leak(model, images):
+    """The highway passes the reductions by design; without that declaration the same graph is reported."""
+    assert not reached_by_graph(model.train(), (images,), model.swin, random_functional)
+    plain = nn.Module.__getattribute__(model, "swin")
+    holder = nn.ModuleList([model])  # a wrapper changes nothing: the declaration is found in any submodule
+    assert not reached_by_graph(_Calls(holder, model), (images,), plain, random_functional)
+
+
+class _Calls(nn.Module):
+    def __init__(self, holder, model):
+        super().__init__()
+        self.holder, self.call = holder, model
+
+    def forward(self, x):
+        return self.call(x)
