@@ -2,7 +2,7 @@
 
 All of them are the identity when they are new: the outer factor of U and U's bias are zero. Everything else is random;
 if both factors of a product were zero, neither would ever receive a gradient. So U moves at the first step of training
-and D at the second. The skip ``+ x`` belongs to the adapter, which is what makes equation (8) equal to (7) at the start.
+and D at the second. The skip ``+ x`` belongs to the adapter: it is what makes equation (8) equal to (7) at the start.
 """
 
 import torch

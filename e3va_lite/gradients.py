@@ -1,8 +1,8 @@
 """Proof that no gradient reaches the backbone, for the models of this package and for anybody's own.
 
 ``requires_grad=False`` alone proves little: a gradient may still pass through every frozen layer on its way to an
-adapter (that is what makes ordinary adapters expensive), and a flag can be wrong. So four proofs, none of which relies on
-another:
+adapter (that is what makes ordinary adapters expensive), and a flag can be wrong. So there are four proofs, none of
+which relies on another:
 
 1. after a backward pass, no parameter of the backbone has a ``.grad``;
 2. a walk of the autograd graph from the loss meets no parameter of the backbone, and no node that one of its modules
@@ -36,8 +36,8 @@ def assert_isolated(
     CPU, are put back.
 
     Args:
-        model: The model to be trained. Modules may have a ``passed_by_design`` attribute, a list of backbone modules that
-            a gradient may pass although their parameters get none (the highway's inherited reductions).
+        model: The model to be trained. Modules may have a ``passed_by_design`` attribute, a list of backbone modules
+            that a gradient may pass although their parameters get none (the highway's inherited reductions).
         *inputs: What ``model`` is called with.
         backbone: The part that has to stay untouched: a module of ``model`` or its name in it; the module called
             ``swin``, as every backbone of this package has one, if not given.
@@ -102,7 +102,7 @@ def reached_by_graph(model: nn.Module, inputs: tuple, backbone: nn.Module, loss:
 
 
 def moved_by_optimizer(model: nn.Module, inputs: tuple, backbone: nn.Module, loss: Callable) -> list[str]:
-    """Proof 3: what of the backbone do steps on *all* parameters change? Nothing may; and what is trainable has to move.
+    """Proof 3: what of the backbone do steps on *all* parameters change? Nothing may; what is trainable has to move.
 
     Weight decay is zero: it would move a parameter without any gradient being involved.
     """

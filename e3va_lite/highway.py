@@ -77,7 +77,9 @@ class E3VA(nn.Module):
         self.join = STRUCTURES[structure]
         self.fpn_input = fpn_input
         self.last_stage = max(stages)
-        sizes = {"rank": rank, "middle": middle} if adapter == "low_rank" else {"middle": 32 if middle is None else middle}
+        sizes = (
+            {"rank": rank, "middle": middle} if adapter == "low_rank" else {"middle": 32 if middle is None else middle}
+        )
         self.adapters = nn.ModuleList(
             nn.ModuleList(
                 nn.ModuleList(ADAPTERS[adapter](block.dim, **sizes) for _ in range(2)) for block in stage.blocks

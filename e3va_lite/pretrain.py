@@ -1,8 +1,8 @@
 """How ``swin_nano`` learns to see: dense supervision on generated images of many classes.
 
-Every pixel of an image is asked two questions, which outline it belongs to and which texture it has, through a head that
-is thrown away afterwards. Classifying whole images teaches such a small model nothing in the same time; a question per
-pixel does. What stays is the Swin, saved as float16 with its accuracy and its recipe in a card beside it.
+Every pixel of an image is asked two questions, which outline it belongs to and which texture it has, through a head
+that is thrown away afterwards. Classifying whole images teaches such a small model nothing in the same time; a question
+per pixel does. What stays is the Swin, saved as float16 with its accuracy and its recipe in a card beside it.
 """
 
 import json
@@ -141,7 +141,9 @@ def dense_accuracy(model: nn.Module, loader: DataLoader, device: torch.device) -
     }
 
 
-def pretrain(out: Path, steps: int, batch: int, lr: float, seed: int, workers: int, device: str, overwrite: bool) -> dict:
+def pretrain(
+    out: Path, steps: int, batch: int, lr: float, seed: int, workers: int, device: str, overwrite: bool
+) -> dict:
     """Train ``swin_nano`` and write ``out`` (``.safetensors``, float16) and its card ``out`` with ``.json``.
 
     A run that was cut off goes on from ``out`` with ``.partial``, which is written every 500 steps.
@@ -156,7 +158,9 @@ def pretrain(out: Path, steps: int, batch: int, lr: float, seed: int, workers: i
     model = DenseModel(build_backbone("full", "swin_nano")).to(device)
     decay = [p for p in model.parameters() if p.ndim > 1]
     rest = [p for p in model.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}], lr=lr)
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}], lr=lr
+    )
     warmup = min(300, steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / max(warmup, 1), 0.5 + 0.5 * math.cos(math.pi * step / steps))
@@ -183,7 +187,11 @@ def pretrain(out: Path, steps: int, batch: int, lr: float, seed: int, workers: i
         schedule.step()
         bar.set_postfix(loss=f"{loss.item():.3f}")
         if step % 500 == 0 and step < steps:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+            state = {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "schedule": schedule.state_dict(),
+            }
             state |= {"step": step, "seconds": seconds + time.monotonic() - began}
             torch.save(state, partial.with_suffix(".tmp"))
             partial.with_suffix(".tmp").replace(partial)

@@ -2,10 +2,10 @@
 
 The modules and their weights are timm's; the order of operations is the official dense-prediction one ("Swin
 Transformer", Liu et al. 2021, detection and segmentation code), which pads a map to whole windows *before* it rolls it.
-timm rolls first. At 224x224 nothing is padded in the first stages and the two agree; at 256x320 they do not, and weights
-that were trained with one order see shifted windows cut in other places with the other.
+timm rolls first. At 224x224 nothing is padded in the first stages and the two agree; at 256x320 they do not, and
+weights that were trained with one order see shifted windows cut in other places with the other.
 
-Maps in this file are NHWC, as everywhere inside Swin. What feeds necks is turned to NCHW in ``highway.py``/``methods.py``.
+Maps in this file are NHWC, as everywhere inside Swin; ``FPNNorms`` turns what feeds necks to NCHW.
 """
 
 from functools import partial
@@ -24,7 +24,7 @@ MIN_SIZE = 32  # pixels: below this the last stage has less than one token
 
 #: A Swin in miniature, 3.5 M parameters, whose weights ship with the package.
 NANO = {"embed_dim": 40, "depths": (2, 2, 2, 2), "num_heads": (1, 2, 4, 8), "window_size": 7}
-NANO_WEIGHTS = Path(__file__).parent / "weights" / "swin_nano.safetensors"
+NANO_WEIGHTS = Path(__file__).parent / "pretrained" / "swin_nano.safetensors"
 
 # timm's plain names mean weights that were fine-tuned on ImageNet-1K; the paper starts from ImageNet-22K.
 PAPER_TAG = ".ms_in22k"
@@ -79,8 +79,8 @@ def _from_timm(name: str, pretrained: bool, options: dict) -> SwinTransformer:
         raise unknown("pretraining tag", name.split(".", 1)[1], tags) from error
     except OSError as error:  # huggingface_hub's and urllib's errors are all of this family
         raise InputError(
-            f"the weights of '{name}' could not be fetched from timm's hub ({type(error).__name__}): check the network, "
-            "or download them elsewhere and pass the file with --weights."
+            f"the weights of '{name}' could not be fetched from timm's hub ({type(error).__name__}): check the "
+            "network, or download them elsewhere and pass the file with --weights."
         ) from error
 
 
@@ -103,7 +103,9 @@ def embed(swin: SwinTransformer, images: Tensor) -> Tensor:
         raise InputError(f"images must be a float tensor of shape (B, 3, H, W), got {tuple(images.shape)}.")
     height, width = images.shape[-2:]
     if min(height, width) < MIN_SIZE:
-        raise InputError(f"an image of {height}x{width} is too small for Swin: resize both sides to {MIN_SIZE} or more.")
+        raise InputError(
+            f"an image of {height}x{width} is too small for Swin: resize both sides to {MIN_SIZE} or more."
+        )
     patch_h, patch_w = swin.patch_embed.patch_size
     return swin.patch_embed(F.pad(images, (0, -width % patch_w, 0, -height % patch_h)))
 

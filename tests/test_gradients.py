@@ -39,7 +39,7 @@ def test_fixed_with_trained_norms_is_isolated(images, device):
     [
         ("full", "parameter swin.layers.2.blocks.0.attn.qkv.weight got a gradient"),
         ("adapter", "the graph passes module swin.layers.2.blocks.0.mlp.fc1"),
-        ("lora", "the graph passes module swin.layers.2.blocks.0.attn.proj"),
+        ("lora", "the graph passes module swin.layers.2.blocks.0.attn.qkv"),
         ("bitfit", "parameter swin.layers.2.blocks.0.mlp.fc1.bias was moved by the optimiser"),
     ],
 )
@@ -139,7 +139,9 @@ def test_leak_taps_of_the_highway_instead_of_the_stream(model, images):
 
 
 def test_leak_adapter_output_added_to_the_stream(model, images):
-    caught(leaky(model, guard=False, into_stream=True), images, "the graph passes module swin.layers.0.blocks.1.attn.qkv")
+    caught(
+        leaky(model, guard=False, into_stream=True), images, "the graph passes module swin.layers.0.blocks.1.attn.qkv"
+    )
 
 
 def test_leak_shared_reduction_made_trainable(model, images):
@@ -183,7 +185,9 @@ def test_leak_weight_tied_between_adapter_and_backbone(model, images):
 
 def test_leak_batch_statistics_that_follow_the_data(images, device):
     """Somebody's own model: every flag is off, and the backbone changes all the same."""
-    model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).requires_grad_(False), nn.Conv2d(8, 4, 1))
+    model = nn.Sequential(
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).requires_grad_(False), nn.Conv2d(8, 4, 1)
+    )
     with pytest.raises(IsolationError, match=r"buffer 1\.running_mean of the backbone changed"):
         assert_isolated(model.to(device), images, backbone="0")
 

@@ -10,10 +10,8 @@ from e3va_lite.gradients import random_functional
 from e3va_lite.swin import create_swin
 
 SIZES = [(224, 224), (256, 320), (200, 336), (333, 517)]
-E3VA_VARIANTS = [
-    {"structure": s, "adapter": a, "reduction": r}
-    for s, a, r in itertools.product(("parallel", "stacked", "chained"), ("low_rank", "standard"), ("inherited", "trainable"))
-]  # fmt: skip
+VALUES = (("parallel", "stacked", "chained"), ("low_rank", "standard"), ("inherited", "trainable"))
+E3VA_VARIANTS = [{"structure": s, "adapter": a, "reduction": r} for s, a, r in itertools.product(*VALUES)]
 FAMILY = [*E3VA_VARIANTS, {"fpn_norm": "fixed"}, {"fpn_input": "e+l"}, {"middle": 24}, {"rank": 2}]
 
 
@@ -162,7 +160,9 @@ def test_checkpointing_changes_nothing_but_memory(method, weights):
     kept = []
     for backbone in (plain, saving):
         count = [0]
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, c=count: c.__setitem__(0, c[0] + t.nbytes) or t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, c=count: c.__setitem__(0, c[0] + t.nbytes) or t, lambda t: t
+        ):
             loss = random_functional(backbone(images))
         if loss.requires_grad:
             loss.backward()
@@ -219,7 +219,11 @@ def test_every_size_of_timm_builds_and_runs(name):
     [
         (("e3vaa", "swin_nano"), {}, "unknown method 'e3vaa': did you mean e3va"),
         (("e3va", "swin_nan"), {}, "unknown backbone 'swin_nan': did you mean swin_nano"),
-        (("e3va", "swin_base_patch4_window7_224.ms_in23k"), {"pretrained": True}, "pretraining tag 'ms_in23k'.*ms_in22k"),
+        (
+            ("e3va", "swin_base_patch4_window7_224.ms_in23k"),
+            {"pretrained": True},
+            "pretraining tag 'ms_in23k'.*ms_in22k",
+        ),
         (("e3va", "swin_nano"), {"rank": 0}, "rank=0"),
         (("e3va", "swin_nano"), {"rnak": 4}, "unknown option of method e3va 'rnak': did you mean rank"),
         (("e3va+", "swin_nano"), {"structure": "serial"}, "unknown structure 'serial'"),
@@ -257,7 +261,7 @@ def test_a_hub_out_of_reach_is_one_clear_error(monkeypatch):
         raise FileNotFoundError("cannot reach the hub")
 
     monkeypatch.setattr(timm, "create_model", offline)
-    with pytest.raises(InputError, match="could not be fetched.*--weights"):
+    with pytest.raises(InputError, match=r"could not be fetched.*--weights"):
         build_backbone("e3va", "swin_base_patch4_window7_224", pretrained=True)
 
 

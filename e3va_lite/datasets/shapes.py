@@ -5,11 +5,10 @@ purpose: pretraining images are crisp and colourful, scenes are muted, cluttered
 that a frozen backbone is good here, but not enough. Read from ``scene`` down; each layout has one writer.
 """
 
-import csv
+import itertools
 import json
 import shutil
 import xml.etree.ElementTree as ET
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +22,18 @@ from tqdm import tqdm
 from ..errors import InputError, unknown
 from .silhouettes import OUTLINES, TEXTURES, Rng, fill, place, texture
 
-CLASSES = ("star", "heart", "arrow", "house", "bolt", "fish")  # the last three are new to a pretrained backbone
-DISTRACTORS = tuple(name for name in OUTLINES if name not in CLASSES)
+CLASSES = ("star", "crescent", "arrow", "house", "bolt", "fish")  # the last three are new to a pretrained backbone
+DISTRACTORS = tuple(name for name in OUTLINES if name not in (*CLASSES, "pentagon"))  # which is a house, half hidden
 COCO_IDS = (1, 3, 4, 7, 8, 11)  # with gaps, as COCO's own
 VERSION = 1  # raise it whenever a change below changes a single byte of what is written
 VOID = 255
 FIRST_VAL = 1_000_000  # index of the first validation scene: the same ones however many there are for training
 HARD, GONE = 0.6, 0.9  # hidden share from which an object is difficult, and from which it is no longer annotated
+JPEG = {"quality": 92}
+FOLDERS = (
+    *("JPEGImages", "Annotations", "ImageSets", "SegmentationClass", "SegmentationObject"),  # VOC
+    *("annotations", "train2017", "val2017", "images"),  # COCO, ADE20K
+)
 
 
 @dataclass(frozen=True)
@@ -48,70 +52,70 @@ class Scene:
 def scene(seed: int, index: int, size: int = 224) -> Scene:
     """Scene ``index`` of the endless series ``seed``; ``size`` pixels square.
 
-    Of every 25 scenes in a row one holds no object and two hold a crowd.
+    Of the scenes 0 to 24 one holds no object and two hold a crowd; so it is in the next 25, and so on.
     """
     rng = np.random.default_rng((seed, index))
     special = np.random.default_rng((seed, index // 25)).permutation(25)[index % 25]
     look = _Look(rng, size)
     canvas = look.ground()
     instances = np.zeros((size, size), np.uint8)
-    things = [] if special == 0 else _objects(rng, size, with_crowd=special in (1, 2))  # (class, polygon, crowd)
-    queue = [*range(1, len(things) + 1), *[0] * rng.integers(4, 9)]  # 0 is a distractor
+    things = [] if special == 0 else _things(rng, size, with_crowd=special in (1, 2))
+    queue = [*range(1, len(things) + 1), *[0] * rng.integers(2, 6)]  # 0 is a distractor
     rng.shuffle(queue)
-    for turn, k in enumerate(queue):
+    for k in queue:
         polygon = things[k - 1][1] if k else _somewhere(rng, size, str(rng.choice(DISTRACTORS)), 9, 36)
         box, mask = fill(polygon, size, size)
         look.shadow(canvas, polygon)
-        canvas[box][mask] = look.surface(*mask.shape)[mask]
+        np.copyto(canvas[box], look.surface(*mask.shape), where=mask[..., None])
         instances[box][mask] = k
-        if turn == len(queue) // 3:
-            canvas = _blurred(canvas, rng.uniform(0.3, 1.0) * size / 224)  # what lies further back is less sharp
     look.wires(canvas)  # thin enough for an annotator to look past: they hide nothing
     return Scene(look.photograph(canvas), *_annotate(instances, things))
 
 
-def _annotate(instances: np.ndarray, things: list) -> tuple[np.ndarray, ...]:
-    """What an annotator would write down of the things painted: the fields of :class:`Scene` but the first."""
-    size, known = len(instances), np.full_like(instances, VOID)
-    known[instances == 0] = 0
-    rows = []
-    for k, (label, polygon, crowd) in enumerate(things, start=1):
-        visible = instances == k
-        x, y = polygon.T
-        hidden = 1 - visible.sum() / (0.5 * abs(x @ np.roll(y, 1) - y @ np.roll(x, 1)))  # of the whole outline's area
-        columns, lines = np.flatnonzero(visible.any(axis=0)), np.flatnonzero(visible.any(axis=1))
-        if hidden > GONE or min(len(columns), len(lines)) < 4:
-            continue
-        box = (columns[0], lines[0], columns[-1] + 1, lines[-1] + 1)
-        rows.append((label, box, hidden > HARD, polygon.min() < 0 or polygon.max() > size, crowd))
-        known[visible] = len(rows)
-    labels, boxes, *flags = zip(*rows, strict=True) if rows else [()] * 5
-    return known, np.array(labels, int), np.array(boxes, int).reshape(-1, 4), *(np.array(flag, bool) for flag in flags)
+def _things(rng: Rng, size: int, with_crowd: bool) -> list[tuple[int, np.ndarray, bool]]:
+    """The objects of a scene: class, polygon and whether it is one of a crowd."""
+    labels = rng.integers(len(CLASSES), size=rng.integers(2, 8)).tolist()
+    things = [(label, _somewhere(rng, size, CLASSES[label], 16, 40), False) for label in labels]
+    if with_crowd:
+        label, centre = int(rng.integers(len(CLASSES))), rng.uniform(0.25 * size, 0.75 * size, 2)
+        for _ in range(rng.integers(5, 10)):
+            member = _somewhere(rng, size, CLASSES[label], 9, 14, tuple(rng.normal(centre, 0.09 * size)))
+            things.append((label, member, True))
+    return things
 
 
-# How a scene looks ---------------------------------------------------------------------------------------------------
-
-
-def _somewhere(rng: Rng, size: int, name: str, smallest: float, largest: float) -> np.ndarray:
-    """An outline at a random place; radii in pixels of an image of 224."""
+def _somewhere(
+    rng: Rng, size: int, name: str, smallest: float, largest: float, centre: tuple[float, float] | None = None
+) -> np.ndarray:
+    """An outline at a random place, unless told the centre; radii in pixels of an image of 224."""
     return place(
         OUTLINES[name],
-        centre=tuple(rng.uniform(0.06 * size, 0.94 * size, 2)),
+        centre=centre or tuple(rng.uniform(0.06 * size, 0.94 * size, 2)),
         radius=rng.uniform(smallest, largest) * size / 224,
         turn=rng.uniform(-np.pi / 4.5, np.pi / 4.5),
         squeeze=rng.uniform(0.75, 1.0),
     )
 
 
-def _objects(rng: Rng, size: int, with_crowd: bool) -> list[tuple[int, np.ndarray, bool]]:
-    labels = rng.integers(len(CLASSES), size=rng.integers(2, 8))
-    objects = [(int(label), _somewhere(rng, size, CLASSES[label], 16, 40), False) for label in labels]
-    if with_crowd:
-        label, centre = int(rng.integers(len(CLASSES))), rng.uniform(0.25 * size, 0.75 * size, 2)
-        for _ in range(rng.integers(5, 10)):
-            member = _somewhere(rng, size, CLASSES[label], 9, 14)
-            objects.append((label, (member - member.mean(axis=0)) + rng.normal(centre, 0.09 * size), True))
-    return objects
+def _annotate(instances: np.ndarray, things: list) -> tuple[np.ndarray, ...]:
+    """What an annotator would write down of the things painted: the fields of :class:`Scene` but the first."""
+    size, known = len(instances), np.where(instances == 0, 0, VOID).astype(np.uint8)
+    rows = []
+    for k, (label, polygon, crowd) in enumerate(things, start=1):
+        visible, (x, y) = instances == k, polygon.T
+        hidden = 1 - visible.sum() / (0.5 * abs(x @ np.roll(y, 1) - y @ np.roll(x, 1)))  # of the whole outline's area
+        if hidden > GONE or min(visible.any(axis=0).sum(), visible.any(axis=1).sum()) < 3:
+            continue
+        rows.append((label, _extent(visible), hidden > HARD, polygon.min() < 0 or polygon.max() > size, crowd))
+        known[visible] = len(rows)
+    labels, boxes, *flags = zip(*rows, strict=True) if rows else [()] * 5
+    return known, np.array(labels, int), np.array(boxes, int).reshape(-1, 4), *(np.array(flag, bool) for flag in flags)
+
+
+def _extent(mask: np.ndarray) -> tuple[int, int, int, int]:
+    """The smallest box around a mask's pixels, half-open x1, y1, x2, y2."""
+    x, y = (np.flatnonzero(mask.any(axis=axis)) for axis in (0, 1))
+    return int(x[0]), int(y[0]), int(x[-1]) + 1, int(y[-1]) + 1
 
 
 class _Look:
@@ -119,72 +123,68 @@ class _Look:
 
     def __init__(self, rng: Rng, size: int) -> None:
         self.rng, self.size = rng, size
-        self.level = rng.uniform(0.32, 0.58)  # brightness of the ground
+        self.level = rng.uniform(0.36, 0.6)  # brightness of the ground
         tint = rng.normal(size=3)
-        self.tint = 0.16 * (tint - tint.mean())  # one cast over everything: the palette is narrow
-        self.fall = rng.uniform(-np.pi, np.pi)  # direction of the light, and of the shadows
+        self.tint = 0.08 * (tint - tint.mean())  # one cast over everything: the palette is narrow
+        angle = rng.uniform(-np.pi, np.pi)
+        self.fall = np.array([np.cos(angle), np.sin(angle)])  # direction of the light, and of the shadows
 
     def colour(self, level: float) -> np.ndarray:
-        return np.clip(level * (1 + self.tint + self.rng.normal(0, 0.09, 3)), 0.03, 0.97).astype(np.float32)
+        return np.clip(level * (1 + self.tint + self.rng.normal(0, 0.07, 3)), 0.03, 0.97).astype(np.float32)
 
     def clouds(self, *cells: int) -> np.ndarray:
         """Smooth noise of several grain sizes, float32 (H, W), about -1..1."""
-        side = (self.size, self.size)
-        noise = [self.rng.uniform(-1, 1, (n, n)).astype(np.float32) for n in cells]
-        return sum(np.asarray(Image.fromarray(x).resize(side, Image.Resampling.BICUBIC)) for x in noise) / len(cells) ** 0.5
+        layers = [Image.fromarray(self.rng.uniform(-1, 1, (n, n)).astype(np.float32)) for n in cells]
+        layers = [layer.resize((self.size, self.size), Image.Resampling.BICUBIC) for layer in layers]
+        return np.sum(layers, axis=0) / len(cells) ** 0.5
+
+    def pattern(self, height: int, width: int, finest: float, coarsest: float) -> np.ndarray:
+        period = self.rng.uniform(finest, coarsest) * self.size / 224
+        return texture(str(self.rng.choice(TEXTURES)), height, width, period, self.rng)
 
     def ground(self) -> np.ndarray:
         """Background, float32 (H, W, 3): a mottled surface with a faint pattern, stains and lines."""
         rng, size = self.rng, self.size
         first, second = self.colour(self.level), self.colour(self.level * rng.uniform(0.7, 1.35))
-        blend = 0.5 + 0.35 * self.clouds(3, 7, 16, 45, 100)
-        blend += rng.uniform(0.1, 0.4) * texture(str(rng.choice(TEXTURES)), size, size, rng.uniform(5, 30), rng)
+        blend = 0.5 + 0.35 * self.clouds(3, 9, 30, 90) + rng.uniform(0.1, 0.4) * self.pattern(size, size, 5, 30)
         canvas = first + np.clip(blend, 0, 1.4)[..., None] * (second - first)
         for _ in range(rng.integers(6, 14)):
             box, mask = fill(_somewhere(rng, size, str(rng.choice(DISTRACTORS)), 10, 60), size, size)
-            canvas[box][mask] *= 1 + rng.uniform(0.04, 0.13) * rng.choice((-1, 1))
+            canvas[box] *= np.where(mask, np.float32(1 + rng.uniform(0.04, 0.13) * rng.choice((-1, 1))), 1)[..., None]
         self.wires(canvas)
         return canvas
 
     def surface(self, height: int, width: int) -> np.ndarray:
         """Material of one thing, float32 (height, width, 3): little contrast to the ground, less within itself."""
         rng = self.rng
-        level = self.level * (1 + rng.uniform(0.24, 0.6) * rng.choice((-1, 1)))
+        level = self.level * (1 + rng.uniform(0.24, 0.54) * rng.choice((-1, 1)))
         first, second = self.colour(level), self.colour(level * (1 + rng.uniform(0.1, 0.25) * rng.choice((-1, 1))))
-        pattern = texture(str(rng.choice(TEXTURES)), height, width, rng.uniform(5, 14), rng)
-        shade = np.linspace(*rng.uniform(0.82, 1.15, 2), width, dtype=np.float32)
-        return (first + pattern[..., None] * (second - first)) * shade[:, None]
+        shade = np.linspace(*rng.uniform(0.85, 1.15, 2), width, dtype=np.float32)[:, None]
+        return (first + self.pattern(height, width, 5, 14)[..., None] * (second - first)) * shade
 
     def shadow(self, canvas: np.ndarray, polygon: np.ndarray) -> None:
         reach = self.rng.uniform(1.5, 4.5) * self.size / 224
-        box, mask = fill(polygon + reach * np.array([np.cos(self.fall), np.sin(self.fall)]), self.size, self.size)
-        canvas[box][mask] *= self.rng.uniform(0.66, 0.88)
+        box, mask = fill(polygon + reach * self.fall, self.size, self.size)
+        canvas[box] *= np.where(mask, np.float32(self.rng.uniform(0.66, 0.88)), 1)[..., None]
 
     def wires(self, canvas: np.ndarray) -> None:
         """Thin lines from side to side."""
         rng, size = self.rng, self.size
-        for _ in range(rng.integers(2, 6)):
-            middle, angle, half = rng.uniform(0, size, 2), rng.uniform(0, np.pi), rng.uniform(0.5, 1.2) * size / 224
-            along, across = np.array([np.cos(angle), np.sin(angle)]), np.array([-np.sin(angle), np.cos(angle)])
-            ends = 2 * size * along, -2 * size * along
-            line = [ends[0] - half * across, ends[0] + half * across, ends[1] + half * across, ends[1] - half * across]
-            box, mask = fill(middle + line, size, size)
-            canvas[box][mask] = self.colour(self.level * rng.uniform(0.6, 1.5))
+        for _ in range(rng.integers(1, 4)):
+            middle, angle, thickness = tuple(rng.uniform(0, size, 2)), rng.uniform(0, np.pi), rng.uniform(0.005, 0.012)
+            box, mask = fill(place(OUTLINES["bar"], middle, 1.5 * size, angle, thickness), size, size)
+            np.copyto(canvas[box], self.colour(self.level * rng.uniform(0.7, 1.35)), where=mask[..., None])
 
     def photograph(self, canvas: np.ndarray) -> np.ndarray:
         """Light falling off to one side and in patches, focus, and a sensor's noise; uint8 (H, W, 3)."""
         rng, size = self.rng, self.size
-        y, x = np.mgrid[:size, :size].astype(np.float32) / size - 0.5
-        fall = rng.uniform(0.2, 0.7) * (np.cos(self.fall) * x + np.sin(self.fall) * y)
-        canvas = canvas * (1 - fall + 0.16 * self.clouds(2, 4))[..., None]
-        canvas = _blurred(canvas, rng.uniform(0.5, 1.2) * size / 224)
-        noise = rng.standard_normal((size, size, 1), dtype=np.float32) * np.float32(rng.uniform(0.008, 0.03))
-        return (255 * np.clip(canvas + noise, 0, 1) + 0.5).astype(np.uint8)
-
-
-def _blurred(canvas: np.ndarray, sigma: float) -> np.ndarray:
-    image = Image.fromarray((255 * np.clip(canvas, 0, 1) + 0.5).astype(np.uint8))
-    return np.asarray(image.filter(ImageFilter.GaussianBlur(sigma)), np.float32) / 255
+        yx = np.mgrid[:size, :size].astype(np.float32) / size - 0.5
+        light = 1 - np.tensordot((rng.uniform(0.2, 0.7) * self.fall[::-1]).astype(np.float32), yx, 1)
+        canvas = canvas * (light + 0.16 * self.clouds(2, 4))[..., None]
+        image = Image.fromarray((255 * np.clip(canvas, 0, 1) + 0.5).astype(np.uint8))
+        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.4, 1.1) * size / 224))
+        noise = rng.standard_normal((size, size, 1), dtype=np.float32) * rng.uniform(2, 6)
+        return np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8)
 
 
 # Scenes on disk ------------------------------------------------------------------------------------------------------
@@ -195,10 +195,10 @@ Numbered = Iterator[tuple[str, int, Scene]]  # split, number within it from 1 on
 def write_scenes(
     root: Path, layout: str, train: int, val: int, seed: int, size: int = 224, overwrite: bool = False
 ) -> None:
-    """Write ``train`` + ``val`` scenes under ``root``, laid out as Pascal VOC, COCO or ADE20K is; same seed, same bytes.
+    """Write ``train`` + ``val`` scenes under ``root``, laid out as Pascal VOC, COCO or ADE20K is.
 
-    The request is kept in ``root/shapes.json``. A folder that holds the very same scenes is left as it is, and one whose
-    writing was cut off is written again. ``overwrite`` replaces other scenes; files of other origin are never replaced.
+    The same request gives the same bytes. It is kept in ``root/shapes.json``: a folder that holds the very same scenes
+    is left as it is, and one whose writing was cut off is written again.
 
     Args:
         root: A new or empty folder, or one that this function wrote.
@@ -207,7 +207,7 @@ def write_scenes(
         val: Number of validation scenes; which they are does not depend on ``train``.
         seed: Of the whole series, from 0 on.
         size: Side of an image in pixels, at least 64; objects grow with it.
-        overwrite: Replace other scenes that this function wrote there.
+        overwrite: Replace other scenes that this function wrote there. Files of other origin are never replaced.
 
     Raises:
         InputError: For an unknown layout, a number out of range, or a folder that holds something else.
@@ -234,40 +234,36 @@ def _prepare(root: Path, request: dict, overwrite: bool) -> bool:
     """Make ``root`` ready to be written, or say that there is nothing to write."""
     if root.exists() and not root.is_dir():
         raise InputError(f"'{root}' is a file: choose a new folder for the scenes.")
+    if not root.exists() or not any(root.iterdir()):
+        return True
     try:
-        found = json.loads((root / "shapes.json").read_text())
-        complete, held = found.pop("complete"), found
-    except (OSError, ValueError, AttributeError, KeyError):
-        if root.exists() and any(root.iterdir()):
-            raise InputError(f"'{root}' holds files that are not generated scenes: choose a new folder.") from None
-        complete, held = False, request
+        held = json.loads((root / "shapes.json").read_text())
+        complete = held.pop("complete")
+    except (OSError, ValueError, AttributeError, TypeError, KeyError):  # absent, or not what _stamp writes
+        raise InputError(f"'{root}' holds files that are not generated scenes: choose a new folder.") from None
     if held == request and not overwrite:
-        return not complete
+        return not complete  # a second writer of the same request does no harm: the bytes are the same
     if not overwrite:
-        differ = ", ".join(f"{k} {held.get(k)} instead of {v}" for k, v in request.items() if held.get(k) != v)
+        differ = ", ".join(f"{k} {held.get(k)}, not {v}" for k, v in request.items() if held.get(k) != v)
         raise InputError(f"'{root}' holds other scenes ({differ}): choose another folder or pass --overwrite.")
-    for name in ("JPEGImages Annotations ImageSets SegmentationClass SegmentationObject "
-                 "train2017 val2017 images annotations").split():  # fmt: skip
-        shutil.rmtree(root / name, ignore_errors=True)
+    for folder in FOLDERS:
+        shutil.rmtree(root / folder, ignore_errors=True)
     return True
 
 
 def _stamp(root: Path, request: dict, complete: bool) -> None:
-    root.mkdir(parents=True, exist_ok=True)
-    (root / "shapes.json").write_text(json.dumps({**request, "complete": complete}, indent=2) + "\n")
+    unfinished = _new(root / "shapes.json.tmp")
+    unfinished.write_text(json.dumps({**request, "complete": complete}, indent=2) + "\n")
+    unfinished.replace(root / "shapes.json")
 
 
-def _save(array: np.ndarray, path: Path, palette: np.ndarray | None = None, **options) -> None:
+def _new(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    image = Image.fromarray(array)
-    if palette is not None:
-        image.putpalette(palette.tobytes())
-    image.save(path, **options)
+    return path
 
 
 def _write_lines(path: Path, lines: list[str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(f"{line}\n" for line in lines))
+    _new(path).write_text("".join(f"{line}\n" for line in lines))
 
 
 def _borders(instances: np.ndarray) -> np.ndarray:
@@ -277,24 +273,27 @@ def _borders(instances: np.ndarray) -> np.ndarray:
 
 
 def _write_voc(root: Path, scenes: Numbered) -> None:
-    """Members of a crowd are difficult objects here, and difficult objects are void in the masks, as in the real set."""
+    """As in the real set, difficult objects are void in the masks; every member of a crowd is a difficult object."""
     palette = _voc_palette()
     lists = {"train": [], "val": []}  # (id, per class 1 present, 0 only difficult ones, -1 absent)
     for number, (split, _, s) in enumerate(scenes, start=1):
         name, difficult = f"{number:06d}", s.difficult | s.crowd
-        _save(s.image, root / f"JPEGImages/{name}.jpg", quality=92)
+        Image.fromarray(s.image).save(_new(root / f"JPEGImages/{name}.jpg"), **JPEG)
         _write_lines(root / f"Annotations/{name}.xml", [_voc_xml(name, s, difficult)])
         unclear = _borders(s.instances) | np.isin(s.instances, [VOID, *np.flatnonzero(difficult) + 1])
-        classes = np.append(0, s.labels + 1)[np.where(unclear, 0, s.instances)]
-        _save(np.where(unclear, VOID, classes).astype(np.uint8), root / f"SegmentationClass/{name}.png", palette)
-        _save(np.where(unclear, VOID, s.instances).astype(np.uint8), root / f"SegmentationObject/{name}.png", palette)
+        objects = np.where(unclear, 0, s.instances)
+        for kind, mask in (("Object", objects), ("Class", np.append(0, s.labels + 1)[objects])):
+            image = Image.fromarray(np.where(unclear, VOID, mask).astype(np.uint8))
+            image.putpalette(palette)
+            image.save(_new(root / f"Segmentation{kind}/{name}.png"))
         flags = [int((~difficult[s.labels == c]).any()) - (c not in s.labels) for c in range(len(CLASSES))]
         lists[split].append((name, flags))
     for split, rows in {**lists, "trainval": lists["train"] + lists["val"]}.items():
         for task in ("Main", "Segmentation"):
             _write_lines(root / f"ImageSets/{task}/{split}.txt", [name for name, _ in rows])
         for c, label in enumerate(CLASSES):
-            _write_lines(root / f"ImageSets/Main/{label}_{split}.txt", [f"{name} {flags[c]:2d}" for name, flags in rows])
+            verdicts = [f"{name} {flags[c]:2d}" for name, flags in rows]
+            _write_lines(root / f"ImageSets/Main/{label}_{split}.txt", verdicts)
 
 
 def _voc_xml(name: str, s: Scene, difficult: np.ndarray) -> str:
@@ -317,53 +316,73 @@ def _voc_xml(name: str, s: Scene, difficult: np.ndarray) -> str:
     return ET.tostring(annotation, encoding="unicode")
 
 
-def _voc_palette() -> np.ndarray:
-    """The devkit's colours, uint8 (256, 3): the bits of an index dealt out to red, green and blue."""
-    index, colours = np.arange(256), np.zeros((256, 3), np.uint8)
-    for bit in range(7, -1, -1):
-        colours |= ((index[:, None] >> np.arange(3) & 1) << bit).astype(np.uint8)
-        index >>= 3
-    return colours
+def _voc_palette() -> bytes:
+    """The devkit's 256 colours: the bits of an index dealt out to red, green and blue, the lowest ones count most."""
+    index = np.arange(256)[:, None]
+    bits = [((index >> 3 * n + np.arange(3)) & 1) << 7 - n for n in range(3)]
+    return sum(bits).astype(np.uint8).tobytes()
 
 
 def _write_coco(root: Path, scenes: Numbered) -> None:
-    categories = [{"supercategory": "shape", "id": i, "name": name} for i, name in zip(COCO_IDS, CLASSES, strict=True)]
-    files = {
-        split: {
-            "info": {"description": "e3va_lite shapes", "version": str(VERSION), "year": 2017},
-            "licenses": [{"id": 1, "name": "generated, free of rights", "url": ""}],
-            "images": [],
-            "annotations": [],
-            "categories": categories,
-        }
-        for split in ("train", "val")
+    """A crowd is one annotation of its own; scenes without objects have none, as some of COCO's images."""
+    header = {
+        "info": {"description": "e3va_lite shapes", "version": str(VERSION), "year": 2017},
+        "licenses": [{"id": 1, "name": "generated, free of rights", "url": ""}],
+        "categories": [{"supercategory": "shape", "id": COCO_IDS[c], "name": name} for c, name in enumerate(CLASSES)],
     }
+    images, annotations = {"train": [], "val": []}, {"train": [], "val": []}
+    ids = itertools.count(1)
     for number, (split, _, s) in enumerate(scenes, start=1):
         name, (height, width, _) = f"{number:012d}.jpg", s.image.shape
-        _save(s.image, root / f"{split}2017/{name}", quality=92)
-        image = {"license": 1, "file_name": name, "height": height, "width": width, "id": number}
-        files[split]["images"].append(image)
-        regions = [(c, s.instances == k, False) for k, c in enumerate(s.labels, 1) if not s.crowd[k - 1]]
+        Image.fromarray(s.image).save(_new(root / f"{split}2017/{name}"), **JPEG)
+        images[split].append({"license": 1, "file_name": name, "height": height, "width": width, "id": number})
+        regions = [(c, s.instances == k, 0) for k, c in enumerate(s.labels, start=1) if not s.crowd[k - 1]]
         if s.crowd.any():
-            members = np.isin(s.instances, np.flatnonzero(s.crowd) + 1)
-            regions.append((s.labels[s.crowd][0], members, True))
+            regions.append((s.labels[s.crowd][0], np.isin(s.instances, np.flatnonzero(s.crowd) + 1), 1))
         for c, visible, crowd in regions:
-            rows = files[split]["annotations"]
-            about = {"iscrowd": int(crowd), "image_id": number, "category_id": COCO_IDS[c]}
-            rows.append({**_coco_region(visible, crowd), **about, "id": 1000 * number + len(rows) % 1000})
-    for split, content in files.items():
+            about = {"iscrowd": crowd, "image_id": number, "category_id": COCO_IDS[c], "id": next(ids)}
+            annotations[split].append(_coco_region(visible, crowd) | about)
+    for split in images:
+        content = {**header, "images": images[split], "annotations": annotations[split]}
         _write_lines(root / f"annotations/instances_{split}2017.json", [json.dumps(content)])
 
 
-def _coco_region(visible: np.ndarray, crowd: bool) -> dict:
-    """Segmentation, area and box of a bool mask: run lengths for a crowd, else polygons around it (holes are lost)."""
+def _coco_region(visible: np.ndarray, crowd: int) -> dict:
+    """Segmentation, area and box of a bool mask (H, W): run lengths for a crowd, else polygons (holes are lost)."""
     height, width = visible.shape
-    x, y = np.flatnonzero(visible.any(axis=0)), np.flatnonzero(visible.any(axis=1))
-    box = [int(x[0]), int(y[0]), int(x[-1] - x[0] + 1), int(y[-1] - y[0] + 1)]
     if crowd:
-        column_wise = np.concatenate([[False], visible.ravel(order="F")])
-        starts = np.flatnonzero(np.diff(column_wise, prepend=False, append=~column_wise[-1:]))
-    return {}
+        flat = visible.ravel(order="F")  # lengths of the runs of 0, 1, 0, ... down one column after the other
+        changes = np.flatnonzero(flat != np.append(False, flat[:-1]))
+        shape = {"size": [height, width], "counts": np.diff([0, *changes, flat.size]).tolist()}
+        encoded = coco_mask.frPyObjects(shape, height, width)
+    else:
+        contours = contour_generator(z=np.pad(visible, 1).astype(float), fill_type=FillType.OuterOffset)
+        rings = [points[: holes[1] - 1] - 0.5 for points, holes in zip(*contours.filled(0.5, 2), strict=True)]
+        least = min(max(map(len, rings)), 8)  # specks are not drawn, unless there is nothing else
+        shape = [_corners(ring).ravel().tolist() for ring in rings if len(ring) >= least]
+        encoded = coco_mask.merge(coco_mask.frPyObjects(shape, height, width))
+    x1, y1, x2, y2 = _extent(visible)
+    return {"segmentation": shape, "area": float(coco_mask.area(encoded)), "bbox": [x1, y1, x2 - x1, y2 - y1]}
 
 
-WRITERS = {"voc": _write_voc, "coco": _write_coco}
+def _corners(ring: np.ndarray) -> np.ndarray:
+    """A closed ring (n, 2) without the points that lie on a straight line between their neighbours."""
+    before, after = ring - np.roll(ring, 1, axis=0), np.roll(ring, -1, axis=0) - ring
+    return ring[before[:, 0] * after[:, 1] != before[:, 1] * after[:, 0]]
+
+
+def _write_ade20k(root: Path, scenes: Numbered) -> None:
+    """Class 1 is the ground, distractors included; borders and the remains of hidden objects are 0, no class."""
+    folders = {"train": "training", "val": "validation"}
+    for split, number, s in scenes:
+        classes = np.zeros(256, np.uint8)  # from the values of ``instances``
+        classes[: len(s.labels) + 1] = [1, *s.labels + 2]
+        mask = np.where(_borders(s.instances), 0, classes[s.instances]).astype(np.uint8)
+        path = f"{folders[split]}/ADE_{split}_{number:08d}"
+        Image.fromarray(s.image).save(_new(root / f"images/{path}.jpg"), **JPEG)
+        Image.fromarray(mask).save(_new(root / f"annotations/{path}.png"))
+    rows = [f"{i},{int(i == 1)},{name}" for i, name in enumerate(("ground", *CLASSES), start=1)]
+    _write_lines(root / "objectInfo.csv", ["Idx,Stuff,Name", *rows])
+
+
+WRITERS = {"voc": _write_voc, "coco": _write_coco, "ade20k": _write_ade20k}

@@ -22,6 +22,7 @@ from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastL
 
 from ..errors import InputError
 
+PAPER_CHANNELS = 256  # of pyramid and head
 IMAGE_MEAN = (123.675 / 255, 116.28 / 255, 103.53 / 255)  # of ImageNet, for images in 0..1
 IMAGE_STD = (58.395 / 255, 57.12 / 255, 57.375 / 255)
 
@@ -65,6 +66,13 @@ def build_retinanet(
     _check(backbone, num_classes, min_size, max_size, fpn_channels, anchor_base)
     last = backbone.strides[-1]
     anchors = _Anchors([*backbone.strides, 2 * last, 4 * last], anchor_base)
+    head = _Head(fpn_channels, anchors.num_anchors_per_location()[0], num_classes)
+    if fpn_channels < PAPER_CHANNELS:
+        # Torchvision's start, a deviation of .01, halves a signal per layer at 256 channels and all but ends it in a
+        # narrower head: that one would spend a short run on waking up.
+        for tower in (head.classification_head.conv, head.regression_head.conv):
+            for conv in (m for m in tower.modules() if isinstance(m, nn.Conv2d)):
+                nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
     return _RetinaNet(
         _Pyramid(backbone, fpn_channels),
         num_classes,
@@ -74,7 +82,7 @@ def build_retinanet(
         image_std=IMAGE_STD,
         size_divisible=32,
         anchor_generator=anchors,
-        head=_Head(fpn_channels, anchors.num_anchors_per_location()[0], num_classes),
+        head=head,
         detections_per_img=100,
     )
 

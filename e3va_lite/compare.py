@@ -1,0 +1,166 @@
+"""The main job: the same small detection task, tuned in several ways, in one table.
+
+Accuracy comes from training each method with the same recipe. Memory and time come from one and the same batch
+afterwards; the steps of all methods are timed in turn, so that their ratios survive a noisy machine.
+"""
+
+import math
+import statistics
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+import yaml
+
+from .datasets.shapes import write_scenes
+from .datasets.voc import VOCDetection
+from .engine import batches, build_detector, build_optimizer, evaluate, fit, machine, train_step
+from .errors import InputError
+from .memory import interleaved_seconds, peak_bytes
+from .recipe import Recipe
+from .tables import text_table, trainable_parameters
+
+METHODS = ("fixed", "adapter", "e3va", "full")
+TRAIN_IMAGES, VAL_IMAGES, DATA_SEED = 480, 160, 0
+ROUNDS = 8  # timed steps per method
+
+# Two-sided 95 % points of Student's t for 1, 2, ... degrees of freedom
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+def compare(recipe: Recipe, methods: tuple[str, ...], seeds: int, data: Path, device: torch.device) -> dict:
+    """Train every method on the generated detection task and measure what it costs.
+
+    Args:
+        recipe: Everything but the method.
+        methods: Names, each with options if wanted: ``"e3va"``, ``"fixed:fpn_norm=trainable"``.
+        seeds: How many training seeds; the data stay the same.
+        data: Folder for the generated images; made where missing.
+        device: Where to run.
+
+    Returns:
+        ``{"rows": [{"method", "ap50", "ap50_by_seed", "trainable", "peak_bytes", "step_seconds", ...}, ...], ...}``;
+        shares are relative to ``full`` where it is among the methods. ``differences`` holds, for more than one seed,
+        the mean AP of the last method minus each other's, paired by seed, with its 95 % interval.
+
+    Raises:
+        InputError: For anything wrong with methods, options or data.
+    """
+    recipes = {spec: _with_method(recipe, spec) for spec in methods}
+    write_scenes(data, "voc", TRAIN_IMAGES, VAL_IMAGES, seed=DATA_SEED)
+    train_set = VOCDetection(data, "train")
+    val_set = VOCDetection(data, "val", train_set.classes)
+    for spec_recipe in recipes.values():
+        build_detector(spec_recipe, len(train_set.classes))  # a wrong option is known now, not in minutes
+    ap: dict[str, list[float]] = {spec: [] for spec in methods}
+    models = {}
+    for seed in range(recipe.seed, recipe.seed + seeds):
+        for spec in methods:  # methods inside seeds: a run that is cut off has compared what it has
+            seeded = replace(recipes[spec], seed=seed)
+            models[spec] = build_detector(seeded, len(train_set.classes))
+            fit(models[spec], train_set, seeded, device)
+            ap[spec].append(evaluate(models[spec], val_set, seeded, device).mean_all_point)
+    cost = _cost(models, recipes, train_set, device)
+    rows = []
+    for spec in methods:
+        row = {
+            "method": spec,
+            "ap50": round(statistics.fmean(ap[spec]), 4),
+            "ap50_by_seed": [round(x, 4) for x in ap[spec]],
+        }
+        rows.append(row | {"trainable": trainable_parameters(models[spec].backbone.body)} | cost[spec])
+    if "full" in methods:
+        whole = rows[methods.index("full")]
+        for row in rows:
+            for key in ("ap50", "trainable", "peak_bytes"):
+                row[f"{key}_of_full"] = round(row[key] / whole[key], 4) if whole[key] else None
+            ratios = [a / b for a, b in zip(row["step_seconds_by_round"], whole["step_seconds_by_round"], strict=True)]
+            row["step_seconds_of_full"] = round(statistics.median(ratios), 4)
+    differences = [] if seeds == 1 else [_difference(ap, methods[-1], other) for other in methods[:-1]]
+    return {
+        "task": f"{TRAIN_IMAGES} generated training images, {VAL_IMAGES} for validation, AP at IoU .5 over all points",
+        "rows": rows,
+        "differences": differences,
+        "recipe": asdict(recipe),
+        **machine(device),
+    }
+
+
+def _with_method(recipe: Recipe, spec: str) -> Recipe:
+    method, _, options = spec.partition(":")
+    pairs = [pair.partition("=") for pair in options.split(",") if pair]
+    if not all(equals for _, equals, _ in pairs):
+        raise InputError(f"method '{spec}' is not understood: write METHOD or METHOD:option=value,option=value.")
+    return replace(recipe, method=method, options={key: yaml.safe_load(value) for key, _, value in pairs})
+
+
+def _cost(models: dict, recipes: dict, dataset: VOCDetection, device: torch.device) -> dict[str, dict]:
+    """Peak bytes and seconds of one training step of each model, on the same batch."""
+    steps, cost = {}, {}
+    for spec, model in models.items():
+        torch.manual_seed(0)
+        model.train()
+        images, targets = next(batches(dataset, replace(recipes[spec], workers=0), device))
+        optimizer = build_optimizer(model, recipes[spec])
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0  # measured, not trained any further
+
+        def step(model=model, optimizer=optimizer, images=images, targets=targets, clip=recipes[spec].clip) -> None:
+            train_step(model, optimizer, images, targets, clip)
+
+        def known(model=model, optimizer=optimizer, images=images, targets=targets) -> list[torch.Tensor]:
+            state = [value for values in optimizer.state.values() for value in values.values()]
+            grads = [p.grad for p in model.parameters() if p.grad is not None]
+            batch = [*images, *(value for target in targets for value in target.values())]
+            every = [*model.parameters(), *model.buffers(), *grads, *state, *batch]
+            return [value for value in every if isinstance(value, torch.Tensor)]
+
+        cost[spec] = {"peak_bytes": peak_bytes(step, known, device)}
+        optimizer.zero_grad()
+        steps[spec] = step
+    seconds = interleaved_seconds(steps, ROUNDS, device)
+    for spec, values in seconds.items():
+        cost[spec]["step_seconds"] = round(float(statistics.median(values)), 4)
+        cost[spec]["step_seconds_by_round"] = [round(float(x), 4) for x in values]
+    return cost
+
+
+def _difference(ap: dict[str, list[float]], method: str, other: str) -> dict:
+    deltas = [a - b for a, b in zip(ap[method], ap[other], strict=True)]
+    half = T95[len(deltas) - 2] * statistics.stdev(deltas) / math.sqrt(len(deltas))
+    mean = statistics.fmean(deltas)
+    return {
+        "method": method,
+        "minus": other,
+        "mean": round(mean, 4),
+        "interval95": [round(mean - half, 4), round(mean + half, 4)],
+    }
+
+
+def as_text(result: dict) -> str:
+    """The table for a terminal."""
+
+    def share(row: dict, key: str) -> str:
+        value = row.get(f"{key}_of_full")
+        return "" if value is None else f" ({100 * value:.0f}%)"
+
+    header = ["method", "AP at IoU .5", "trainable parameters", "peak memory, MiB", "seconds per step"]
+    rows = [
+        [
+            row["method"],
+            f"{row['ap50']:.3f}" + share(row, "ap50"),
+            f"{row['trainable']:,}" + share(row, "trainable"),
+            f"{row['peak_bytes'] / 2**20:.0f}" + share(row, "peak_bytes"),
+            f"{row['step_seconds']:.3f}" + share(row, "step_seconds"),
+        ]
+        for row in result["rows"]
+    ]
+    lines = [text_table(header, rows)]
+    if "ap50_of_full" in result["rows"][0]:
+        lines.append(
+            "in brackets: share of full fine-tuning; trainable parameters of the backbone, neck and head not counted"
+        )
+    for d in result["differences"]:
+        low, high = d["interval95"]
+        lines.append(f"{d['method']} minus {d['minus']}: {d['mean']:+.3f} AP, 95% interval {low:+.3f} to {high:+.3f}")
+    return "\n".join(lines)
