@@ -47,7 +47,7 @@ def compare(recipe: Recipe, methods: tuple[str, ...], seeds: int, data: Path, de
         InputError: For anything wrong with methods, options or data.
     """
     recipes = {spec: _with_method(recipe, spec) for spec in methods}
-    write_scenes(data, "voc", TRAIN_IMAGES, VAL_IMAGES, seed=DATA_SEED)
+    write_scenes(data, "voc", TRAIN_IMAGES, VAL_IMAGES, seed=DATA_SEED, size=recipe.max_size)
     train_set = VOCDetection(data, "train")
     val_set = VOCDetection(data, "val", train_set.classes)
     for spec_recipe in recipes.values():

@@ -91,7 +91,13 @@ def batches(dataset: Dataset, recipe: Recipe, device: torch.device) -> Iterator[
     )  # fmt: skip
     for items in loader:
         mirrored = [mirror(*item) if torch.rand(()) < 0.5 else item for item in items]
-        yield [image.to(device) for image, _ in mirrored], [_to(target, device) for _, target in mirrored]
+        yield [image.to(device) for image, _ in mirrored], [_to(_clear(target), device) for _, target in mirrored]
+
+
+def _clear(target: dict) -> dict:
+    """Without the ``difficult`` objects: the metric does not ask for them, and training does not teach them."""
+    keep = ~target["difficult"]
+    return {**target, **{key: target[key][keep] for key in ("boxes", "labels", "difficult")}}
 
 
 def mirror(image: Tensor, target: dict) -> tuple[Tensor, dict]:

@@ -22,6 +22,7 @@ from e3va_lite.datasets.shapes import (
     VOID,
     WRITERS,
     _annotate,
+    _coco_region,
     _voc_palette,
     scene,
     write_scenes,
@@ -115,24 +116,26 @@ def test_scenes_are_muted(scenes):
 
 
 def test_annotation_by_hand():
-    """Squares of 20 pixels a side: whole, a quarter visible, a sliver, one that reaches out, one of a crowd."""
+    """Squares of 20 pixels a side: whole, a quarter visible, too little of it, a sliver, reaching out, in a crowd."""
     size = 100
-    squares = [np.array([(x, y), (x + 19, y), (x + 19, y + 19), (x, y + 19)], float) for x, y in
-               [(0, 0), (30, 0), (60, 0), (90, 40), (0, 70)]]  # fmt: skip
+    corners = [(0, 0), (30, 0), (60, 0), (30, 70), (90, 40), (0, 70)]
+    squares = [np.array([(x, y), (x + 19, y), (x + 19, y + 19), (x, y + 19)], float) for x, y in corners]
     instances = np.zeros((size, size), np.uint8)
     for k, square in enumerate(squares, start=1):
         box, mask = fill(square, size, size)
         instances[box][mask] = k
     instances[5:20, 30:50] = 0
-    instances[1:20, 60:80] = 0
-    things = [(k, square, k == 4) for k, square in enumerate(squares)]
+    instances[0:20, 65:80] = instances[4:20, 60:80] = 0  # 20 of 400 pixels are left
+    instances[70:90, 32:50] = 0  # 40 of 400, but two pixels wide
+    things = [(k, square, k == 5) for k, square in enumerate(squares)]
     known, labels, boxes, difficult, truncated, crowd = _annotate(instances, things)
-    assert labels.tolist() == [0, 1, 3, 4]
+    assert labels.tolist() == [0, 1, 4, 5]
     assert boxes.tolist() == [[0, 0, 20, 20], [30, 0, 50, 5], [90, 40, 100, 60], [0, 70, 20, 90]]
     assert difficult.tolist() == [False, True, False, False]
     assert truncated.tolist() == [False, False, True, False]
     assert crowd.tolist() == [False, False, False, True]
-    assert (known[0, 60:80] == VOID).all() and (known == VOID).sum() == 20  # the sliver is nobody's
+    assert (known[0:4, 60:65] == VOID).all() and (known[70:90, 30:32] == VOID).all()  # nobody's
+    assert (known == VOID).sum() == 60
     assert (known == 3).sum() == 200 and (known == 4).sum() == 400
 
 
@@ -247,6 +250,27 @@ def test_coco_loads_and_decodes(written, scenes):
                 assert abs(row["area"] - mask.sum()) <= 0.3 * mask.sum() + 4
     assert crowds >= 2 and empty >= 1
     assert ids == set(range(1, len(ids) + 1)), "annotation ids are unique over both files"
+
+
+@pytest.mark.parametrize("crowd", [0, 1])
+def test_coco_regions_by_hand(crowd):
+    """The image's first and last pixel, pieces, a hole, a single pixel, everything: sizes other than square."""
+    masks = np.zeros((4, 20, 30), bool)
+    masks[0, :6, :9] = masks[0, 10:, 20:] = True
+    masks[1, 3:15, 4:20] = True
+    masks[1, 6:10, 8:12] = False
+    masks[2, 7, 11] = True
+    masks[3] = True
+    for mask, holes in zip(masks, (0, 16, 0, 0), strict=True):
+        region = _coco_region(mask, crowd)
+        encoded = coco_mask.frPyObjects(region["segmentation"], 20, 30)
+        decoded = coco_mask.decode(encoded if crowd else coco_mask.merge(encoded)).astype(bool)
+        if crowd:
+            assert np.array_equal(decoded, mask) and region["area"] == mask.sum()
+        elif mask.sum() > 1:
+            assert mask.sum() - 4 <= region["area"] <= mask.sum() + holes + 4
+        x1, y1, x2, y2 = extent(mask)
+        assert region["bbox"] == [x1, y1, x2 - x1, y2 - y1]
 
 
 def test_coco_polygons_fit(written, scenes):

@@ -148,6 +148,7 @@ def test_boxes_are_mended_with_one_warning(tmp_path):
         "above_it": (5, -20, 15, 0),
         "over_left": (-3, 5, 10, 20),
         "over_all": (0, 0, WIDTH + 5, HEIGHT + 1),
+        "by_one_pixel": (0, 5, 10, 20),  # as in files that count pixels from 0
         "by_less_than_a_pixel": (0.5, 1, WIDTH + 0.4, 20),
         "whole": (1, 1, WIDTH, HEIGHT),
     }
@@ -159,10 +160,10 @@ def test_boxes_are_mended_with_one_warning(tmp_path):
     assert "in split 'train'" in text and str(root) in text
     assert "boxes of zero area, dropped: 3 (line.xml, upside_down.xml, point.xml)" in text
     assert "boxes outside their image, dropped: 2 (right_of_it.xml, above_it.xml)" in text
-    assert "boxes reaching out of their image, cut: 2 (over_left.xml, over_all.xml)" in text
+    assert "boxes reaching out of their image, cut: 3 (over_left.xml, over_all.xml, by_one_pixel.xml)" in text
     left = {t["image_id"]: t["boxes"][:-1].tolist() for t in map(dataset.target, range(len(dataset)))}
     assert [name for name, boxes in left.items() if not boxes] == list(cases)[:5]
-    assert left["over_left"] == [[0, 4, 10, 20]] and left["over_all"] == [[0, 0, WIDTH, HEIGHT]]
+    assert left["over_left"] == left["by_one_pixel"] == [[0, 4, 10, 20]] and left["over_all"] == [[0, 0, WIDTH, HEIGHT]]
     assert left["by_less_than_a_pixel"] == [[0, 0, WIDTH, 20]] and left["whole"] == [[0, 0, WIDTH, HEIGHT]]
     assert all(dataset.target(i)["labels"].tolist()[-1] == 2 for i in range(len(dataset))), (
         "labels stay with their boxes"

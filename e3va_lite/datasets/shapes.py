@@ -60,7 +60,7 @@ def scene(seed: int, index: int, size: int = 224) -> Scene:
     canvas = look.ground()
     instances = np.zeros((size, size), np.uint8)
     things = [] if special == 0 else _things(rng, size, with_crowd=special in (1, 2))
-    queue = [*range(1, len(things) + 1), *[0] * rng.integers(2, 6)]  # 0 is a distractor
+    queue = [*range(1, len(things) + 1), *[0] * rng.integers(1, 4)]  # 0 is a distractor
     rng.shuffle(queue)
     for k in queue:
         polygon = things[k - 1][1] if k else _somewhere(rng, size, str(rng.choice(DISTRACTORS)), 9, 36)
@@ -74,8 +74,8 @@ def scene(seed: int, index: int, size: int = 224) -> Scene:
 
 def _things(rng: Rng, size: int, with_crowd: bool) -> list[tuple[int, np.ndarray, bool]]:
     """The objects of a scene: class, polygon and whether it is one of a crowd."""
-    labels = rng.integers(len(CLASSES), size=rng.integers(2, 8)).tolist()
-    things = [(label, _somewhere(rng, size, CLASSES[label], 16, 40), False) for label in labels]
+    labels = rng.integers(len(CLASSES), size=rng.integers(1, 6)).tolist()
+    things = [(label, _somewhere(rng, size, CLASSES[label], 20, 46), False) for label in labels]
     if with_crowd:
         label, centre = int(rng.integers(len(CLASSES))), rng.uniform(0.25 * size, 0.75 * size, 2)
         for _ in range(rng.integers(5, 10)):
@@ -148,7 +148,7 @@ class _Look:
         first, second = self.colour(self.level), self.colour(self.level * rng.uniform(0.7, 1.35))
         blend = 0.5 + 0.35 * self.clouds(3, 9, 30, 90) + rng.uniform(0.1, 0.4) * self.pattern(size, size, 5, 30)
         canvas = first + np.clip(blend, 0, 1.4)[..., None] * (second - first)
-        for _ in range(rng.integers(6, 14)):
+        for _ in range(rng.integers(4, 10)):
             box, mask = fill(_somewhere(rng, size, str(rng.choice(DISTRACTORS)), 10, 60), size, size)
             canvas[box] *= np.where(mask, np.float32(1 + rng.uniform(0.04, 0.13) * rng.choice((-1, 1))), 1)[..., None]
         self.wires(canvas)
@@ -157,7 +157,7 @@ class _Look:
     def surface(self, height: int, width: int) -> np.ndarray:
         """Material of one thing, float32 (height, width, 3): little contrast to the ground, less within itself."""
         rng = self.rng
-        level = self.level * (1 + rng.uniform(0.24, 0.54) * rng.choice((-1, 1)))
+        level = self.level * (1 + rng.uniform(0.32, 0.62) * rng.choice((-1, 1)))
         first, second = self.colour(level), self.colour(level * (1 + rng.uniform(0.1, 0.25) * rng.choice((-1, 1))))
         shade = np.linspace(*rng.uniform(0.85, 1.15, 2), width, dtype=np.float32)[:, None]
         return (first + self.pattern(height, width, 5, 14)[..., None] * (second - first)) * shade
