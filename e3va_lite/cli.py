@@ -159,7 +159,7 @@ def evaluate(run, root, split, device, strict, as_json) -> None:
 
 @cli.command()
 @click.option("--out", type=PATH, default="data/pretrain/swin_nano.safetensors", show_default=True)
-@click.option("--steps", default=4000, show_default=True, type=click.IntRange(1))
+@click.option("--steps", default=3000, show_default=True, type=click.IntRange(1))
 @click.option("--batch", default=32, show_default=True, type=click.IntRange(1))
 @click.option("--lr", default=3e-3, show_default=True, type=click.FloatRange(0, min_open=True))
 @click.option("--seed", default=0, show_default=True)
@@ -172,7 +172,7 @@ def pretrain(out, steps, batch, lr, seed, workers, device, overwrite, as_json) -
     from .pretrain import pretrain as run
 
     card = run(out, steps, batch, lr, seed, workers, str(_device(device)), overwrite)
-    click.echo(json.dumps(card, indent=2) if as_json else f"saved: {out}, {card['accuracy_on_2000_held_out_images']}")
+    click.echo(json.dumps(card, indent=2) if as_json else f"saved: {out}, {card['parameters']:,} parameters")
 
 
 @cli.group()

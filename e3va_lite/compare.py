@@ -47,11 +47,11 @@ def compare(recipe: Recipe, methods: tuple[str, ...], seeds: int, data: Path, de
         InputError: For anything wrong with methods, options or data.
     """
     recipes = {spec: _with_method(recipe, spec) for spec in methods}
+    for spec_recipe in recipes.values():
+        build_detector(spec_recipe, num_classes=1)  # a wrong option is known now, not in minutes
     write_scenes(data, "voc", TRAIN_IMAGES, VAL_IMAGES, seed=DATA_SEED, size=recipe.max_size)
     train_set = VOCDetection(data, "train")
     val_set = VOCDetection(data, "val", train_set.classes)
-    for spec_recipe in recipes.values():
-        build_detector(spec_recipe, len(train_set.classes))  # a wrong option is known now, not in minutes
     ap: dict[str, list[float]] = {spec: [] for spec in methods}
     models = {}
     for seed in range(recipe.seed, recipe.seed + seeds):

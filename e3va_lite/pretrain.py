@@ -27,6 +27,8 @@ SIZE = 112  # pixels; multiples of 112 waste little window padding in the four s
 LABEL_STRIDE = 4
 PRETRAIN_OUTLINES = tuple(OUTLINES)[:16]  # the last four are kept for the downstream scenes
 IGNORE = -1
+HELD_OUT = 2000  # images on which the accuracy is taken
+SAVE_EVERY = 500  # steps
 
 
 class DenseShapes(Dataset):
@@ -146,7 +148,7 @@ def pretrain(
 ) -> dict:
     """Train ``swin_nano`` and write ``out`` (``.safetensors``, float16) and its card ``out`` with ``.json``.
 
-    A run that was cut off goes on from ``out`` with ``.partial``, which is written every 500 steps.
+    A run that was cut off goes on from ``out`` with ``.partial``, which is written every ``SAVE_EVERY`` steps.
 
     Raises:
         InputError: When ``out`` exists and ``overwrite`` is not set.
@@ -186,7 +188,7 @@ def pretrain(
         optimizer.step()
         schedule.step()
         bar.set_postfix(loss=f"{loss.item():.3f}")
-        if step % 500 == 0 and step < steps:
+        if step % SAVE_EVERY == 0 and step < steps:
             state = {
                 "model": model.state_dict(),
                 "optimizer": optimizer.state_dict(),
@@ -196,7 +198,7 @@ def pretrain(
             torch.save(state, partial.with_suffix(".tmp"))
             partial.with_suffix(".tmp").replace(partial)
     seconds += time.monotonic() - began
-    held_out = DataLoader(DenseShapes(2000, seed=seed + 1_000_000), 50, num_workers=workers)
+    held_out = DataLoader(DenseShapes(HELD_OUT, seed=seed + 1_000_000), 50, num_workers=workers)
     accuracy = dense_accuracy(model, held_out, torch.device(device))
     swin = {key: value.half().contiguous() for key, value in model.backbone.swin.state_dict().items()}
     save_file({key: value.cpu() for key, value in swin.items()}, out)
@@ -206,7 +208,7 @@ def pretrain(
         "images": steps * batch,
         "outlines": list(PRETRAIN_OUTLINES),
         "textures": list(TEXTURES),
-        "accuracy_on_2000_held_out_images": {key: round(value, 4) for key, value in accuracy.items()},
+        f"accuracy_on_{HELD_OUT}_held_out_images": {key: round(value, 4) for key, value in accuracy.items()},
         "chance": {"outline": round(1 / len(PRETRAIN_OUTLINES), 4), "texture": round(1 / len(TEXTURES), 4)},
         "parameters": sum(p.numel() for p in model.backbone.swin.parameters()),
         "seconds": round(seconds),

@@ -1,0 +1,81 @@
+import json
+
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+from test_engine import SMALL
+
+from e3va_lite import InputError, cli, compare
+
+METHODS = ("fixed", "fixed:fpn_norm=trainable", "e3va", "full")
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli.cli, ["compare", *map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The main job in miniature, two seeds."""
+    folder = tmp_path_factory.mktemp("compare")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"TRAIN_IMAGES": 6, "VAL_IMAGES": 4, "ROUNDS": 2}.items():
+            patch.setattr(compare, name, value)
+        words = [w for key, value in SMALL.items() for w in ("--set", f"{key}={json.dumps(value)}")]
+        words += [w for method in METHODS for w in ("--method", method)]
+        result = run(*words, "--seeds", 2, "--data", folder / "data", "--out", folder / "table", "--json")
+    assert result.exit_code == 0, result.exception
+    return folder, result
+
+
+def test_the_document_is_alone_on_standard_output_and_kept(finished):
+    folder, result = finished
+    document = json.loads(result.stdout)
+    assert json.loads((folder / "table.json").read_text()) == document
+    assert [row["method"] for row in document["rows"]] == list(METHODS)
+    for key in ("device", "precision", "versions", "date", "recipe", "task"):
+        assert document[key]
+
+
+def test_costs_and_shares(finished):
+    rows = {row["method"]: row for row in json.loads(finished[1].stdout)["rows"]}
+    assert rows["fixed"]["trainable"] == 0 and rows["fixed:fpn_norm=trainable"]["trainable"] == 2 * (80 + 160 + 320)
+    assert rows["fixed"]["peak_bytes"] < rows["e3va"]["peak_bytes"] < rows["full"]["peak_bytes"]
+    for row in rows.values():
+        assert row["peak_bytes_of_full"] == pytest.approx(row["peak_bytes"] / rows["full"]["peak_bytes"], abs=1e-4)
+        assert len(row["ap50_by_seed"]) == 2 and len(row["step_seconds_by_round"]) == 2
+    assert rows["full"]["step_seconds_of_full"] == 1
+
+
+def test_differences_are_paired_by_seed():
+    ap = {"a": [0.30, 0.40, 0.35], "b": [0.20, 0.31, 0.24]}
+    difference = compare._difference(ap, "a", "b")
+    # by hand: differences .10 .09 .11, mean .10, deviation .01, t(2) = 4.303, half width .0248
+    assert difference["mean"] == pytest.approx(0.10) and difference["interval95"] == pytest.approx([0.0752, 0.1248])
+
+
+def test_the_figure_is_a_picture(finished):
+    with Image.open(finished[0] / "table.png") as image:
+        assert min(image.size) > 300 and len(image.convert("L").getcolors()) > 20
+
+
+def test_the_text_names_every_method_and_share(finished):
+    text = compare.as_text(json.loads(finished[1].stdout))
+    lines = text.splitlines()
+    assert [line.split()[0] for line in lines[2:6]] == list(METHODS)
+    assert "(100%)" in lines[5] and "95% interval" in text
+
+
+def test_nothing_is_overwritten_unasked(finished):
+    folder, _ = finished
+    before = (folder / "table.json").read_bytes()
+    result = run("--out", folder / "table")
+    assert isinstance(result.exception, InputError) and "--overwrite" in str(result.exception)
+    assert (folder / "table.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("method", ["e3vaa", "e3va:rank", "e3va:rnk=3"])
+def test_a_wrong_method_is_known_before_any_work(method, tmp_path):
+    result = run("--method", method, "--data", tmp_path / "data", "--out", tmp_path / "table")
+    assert isinstance(result.exception, InputError) and method.partition("=")[0].split(":")[-1] in str(result.exception)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,79 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from e3va_lite import InputError, build_backbone, pretrain
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Few pictures for the accuracy, and a state on disk every second step."""
+    monkeypatch.setattr(pretrain, "HELD_OUT", 8)
+    monkeypatch.setattr(pretrain, "SAVE_EVERY", 2)
+    return lambda out, steps=4, overwrite=False: pretrain.pretrain(
+        out, steps=steps, batch=2, lr=1e-3, seed=0, workers=0, device="cpu", overwrite=overwrite
+    )
+
+
+def test_images_are_the_same_in_every_run_and_labels_fit_the_pixels():
+    a, b = pretrain.DenseShapes(10, seed=3), pretrain.DenseShapes(99, seed=3)
+    for x, y in zip(a[7], b[7], strict=True):
+        assert torch.equal(x, y)
+    assert not torch.equal(a[7][0], a[8][0]) and not torch.equal(a[7][0], pretrain.DenseShapes(10, seed=4)[7][0])
+    for i in range(10):
+        image, outlines, textures = a[i]
+        assert image.shape == (3, 112, 112) and image.min() >= 0 and image.max() <= 1
+        assert torch.equal(outlines == 0, textures == pretrain.IGNORE)  # a texture exactly where there is an object
+
+
+def test_a_cut_off_run_goes_on_as_if_nothing_had_happened(quick, tmp_path, monkeypatch):
+    quick(tmp_path / "whole.safetensors")
+
+    class Cut(Exception):
+        pass
+
+    class Bar(list):
+        def __init__(self, items, **_):
+            super().__init__()
+            self.items = items
+
+        def __iter__(self):
+            for n, item in enumerate(self.items):
+                if n == 3:
+                    raise Cut
+                yield item
+
+        def set_postfix(self, **_):
+            pass
+
+    with monkeypatch.context() as patch, pytest.raises(Cut):
+        patch.setattr(pretrain, "tqdm", Bar)
+        quick(tmp_path / "cut.safetensors")
+    assert (tmp_path / "cut.partial").exists() and not (tmp_path / "cut.safetensors").exists()
+    quick(tmp_path / "cut.safetensors")
+    whole, cut = load_file(tmp_path / "whole.safetensors"), load_file(tmp_path / "cut.safetensors")
+    assert all(torch.equal(whole[key], cut[key]) for key in whole)
+    assert not (tmp_path / "cut.partial").exists()
+
+
+def test_weights_load_and_the_card_tells_how_to_remake_them(quick, tmp_path):
+    out = tmp_path / "nano.safetensors"
+    card = quick(out)
+    assert json.loads(out.with_suffix(".json").read_text()) == card
+    assert "--steps 4 --batch 2 --lr 0.001 --seed 0" in card["remake"] and card["images"] == 8
+    assert {value.dtype for value in load_file(out).values()} == {torch.float16}
+    build_backbone("e3va", "swin_nano", weights=out)
+    with pytest.raises(InputError, match="--overwrite"):
+        quick(out)
+
+
+@pytest.mark.slow
+def test_pretraining_leaves_chance_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "HELD_OUT", 100)
+    card = pretrain.pretrain(
+        tmp_path / "n.safetensors", 200, 16, 2e-3, seed=0, workers=1, device="cpu", overwrite=False
+    )
+    accuracy = card[next(key for key in card if key.startswith("accuracy"))]
+    assert accuracy["outline_with_background"] > 0.75 and accuracy["texture"] > 1.5 * card["chance"]["texture"]
