@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from .datasets.shapes import write_scenes
+from .datasets.shapes import CLASSES, write_scenes
 from .datasets.voc import VOCDetection
 from .engine import batches, build_detector, build_optimizer, evaluate, fit, machine, train_step
 from .errors import InputError
@@ -50,8 +50,8 @@ def compare(recipe: Recipe, methods: tuple[str, ...], seeds: int, data: Path, de
     for spec_recipe in recipes.values():
         build_detector(spec_recipe, num_classes=1)  # a wrong option is known now, not in minutes
     write_scenes(data, "voc", TRAIN_IMAGES, VAL_IMAGES, seed=DATA_SEED, size=recipe.max_size)
-    train_set = VOCDetection(data, "train")
-    val_set = VOCDetection(data, "val", train_set.classes)
+    train_set = VOCDetection(data, "train", CLASSES)
+    val_set = VOCDetection(data, "val", CLASSES)
     ap: dict[str, list[float]] = {spec: [] for spec in methods}
     models = {}
     for seed in range(recipe.seed, recipe.seed + seeds):
