@@ -47,7 +47,7 @@ def compare_figure(result: dict, path: Path) -> None:
             axis.text(x + 0.02 * max(values), y, label, va="center", fontsize=9)
         axis.set_title(title, fontsize=10.5, loc="left")
         axis.set_xlabel(direction, fontsize=9, color="0.4")
-        axis.set_xlim(0, 1.55 * max(values))
+        axis.set_xlim(0, 1.55 * max(values) or 1)
         axis.set_xticks([])
         sns.despine(ax=axis, bottom=True)
     axes[0].invert_yaxis()

@@ -49,13 +49,13 @@ class DenseShapes(Dataset):
         image = _background(rng)
         outlines = np.zeros((SIZE, SIZE), np.int64)
         textures = np.full((SIZE, SIZE), IGNORE, np.int64)
-        for _ in range(rng.integers(1, 4)):
+        for _ in range(rng.integers(1, 5)):
             which, pattern = rng.integers(len(PRETRAIN_OUTLINES)), rng.integers(len(TEXTURES))
             polygon = place(
                 OUTLINES[PRETRAIN_OUTLINES[which]],
-                centre=tuple(rng.uniform(0.2 * SIZE, 0.8 * SIZE, 2)),
-                radius=SIZE * rng.uniform(0.2, 0.42),
-                turn=rng.uniform(-np.pi / 8, np.pi / 8),
+                centre=tuple(rng.uniform(0.12 * SIZE, 0.88 * SIZE, 2)),
+                radius=SIZE * rng.uniform(0.13, 0.36),
+                turn=rng.uniform(-np.pi / 5, np.pi / 5),
                 squeeze=rng.uniform(0.75, 1.0),
             )
             box, mask = fill(polygon, SIZE, SIZE)
