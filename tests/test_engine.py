@@ -240,7 +240,7 @@ def test_a_few_images_can_be_learnt_by_heart(scenes):
     """Detector, loss, loop and metric together: what training shows it must find again."""
     dataset = VOCDetection(scenes, "train")
     for method in ("e3va", "full"):
-        recipe = small(method=method, epochs=120, lr=3e-3, fpn_channels=64, pretrained=True, batch=6)
+        recipe = small(method=method, epochs=250, lr=3e-3, fpn_channels=64, pretrained=True, batch=6)
         model = build_detector(recipe, len(dataset.classes))
         fit(model, dataset, recipe, torch.device("cpu"))
         assert evaluate(model, dataset, recipe, torch.device("cpu")).mean_all_point > 0.9, method
