@@ -111,8 +111,7 @@ class ThroughBackbone(nn.Module):
 
 def full(swin: SwinTransformer, stages, fpn_norm="trainable", checkpointing=False) -> nn.Module:
     """Everything is trained."""
-    model = ThroughBackbone(swin, stages, fpn_norm == "trainable", checkpointing=checkpointing, stochastic=True)
-    return model
+    return ThroughBackbone(swin, stages, fpn_norm == "trainable", checkpointing=checkpointing, stochastic=True)
 
 
 def fixed(swin: SwinTransformer, stages, fpn_norm="fixed", checkpointing=False) -> nn.Module:

@@ -131,8 +131,8 @@ def f_p1(block: nn.Module, x: Tensor) -> Tensor:
 def _window_mask(block: nn.Module, x: Tensor) -> Tensor | None:
     """What may not attend to what after the roll: (windows, tokens, tokens) of 0 and -10,000, or None without a shift.
 
-    The official mask says -100, whose softmax is not zero but a denormal number, and CPUs multiply denormals some ten
-    times slower: -10,000 gives the same maps in half the time of a training step.
+    The official mask says -100, whose softmax is not zero but a denormal number, which CPUs multiply slowly; with
+    -10,000 it is zero, and the maps are the same.
     """
     mask = block.get_attn_mask(x)
     return None if mask is None else 100 * mask
