@@ -114,9 +114,9 @@ def full(swin: SwinTransformer, stages, fpn_norm="trainable", checkpointing=Fals
     return ThroughBackbone(swin, stages, fpn_norm == "trainable", checkpointing=checkpointing, stochastic=True)
 
 
-def fixed(swin: SwinTransformer, stages, fpn_norm="fixed", checkpointing=False) -> nn.Module:
+def fixed(swin: SwinTransformer, stages, fpn_norm="fixed") -> nn.Module:
     """Nothing is trained but neck and head; ``fpn_norm="trainable"`` tells what the norms alone are worth."""
-    return ThroughBackbone(freeze(swin), stages, fpn_norm == "trainable", checkpointing=checkpointing)
+    return ThroughBackbone(freeze(swin), stages, fpn_norm == "trainable")
 
 
 def bitfit(swin: SwinTransformer, stages, fpn_norm="trainable", checkpointing=False) -> nn.Module:

@@ -23,7 +23,7 @@ from .weights import load_weights
 MIN_SIZE = 32  # pixels: below this the last stage has less than one token
 
 #: A Swin in miniature, 3.5 M parameters, whose weights ship with the package.
-NANO = {"embed_dim": 40, "depths": (2, 2, 2, 2), "num_heads": (1, 2, 4, 8), "window_size": 7}
+NANO = {"embed_dim": 40, "depths": (2, 2, 2, 2), "num_heads": (1, 2, 4, 8), "window_size": 7, "weight_init": "jax"}
 NANO_WEIGHTS = Path(__file__).parent / "pretrained" / "swin_nano.safetensors"
 
 # timm's plain names mean weights that were fine-tuned on ImageNet-1K; the paper starts from ImageNet-22K.

@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -23,9 +24,24 @@ def test_images_are_the_same_in_every_run_and_labels_fit_the_pixels():
         assert torch.equal(x, y)
     assert not torch.equal(a[7][0], a[8][0]) and not torch.equal(a[7][0], pretrain.DenseShapes(10, seed=4)[7][0])
     for i in range(10):
-        image, outlines, textures = a[i]
+        image, outlines, textures, distances = a[i]
         assert image.shape == (3, 112, 112) and image.min() >= 0 and image.max() <= 1
         assert torch.equal(outlines == 0, textures == pretrain.IGNORE)  # a texture exactly where there is an object
+        assert torch.equal(outlines == 0, distances.sum(0) == 0)
+
+
+def test_distances_lead_to_the_sides_of_the_box_and_to_the_outline():
+    """A corner: 60 wide, 40 high, whose upper right part is missing."""
+    mask = np.zeros((112, 112), bool)
+    mask[30:70, 20:80] = True
+    mask[30:50, 40:80] = False
+    pixels = (28 * pretrain._distances(mask, y=np.array([60, 35]), x=np.array([30, 30]))).round(3)
+    left, top, right, bottom, *rays = pixels.T[0]
+    assert (left, top, right, bottom) == (10, 30, 49, 9)
+    east, _, south, _, west, _, north, north_east = rays
+    assert np.allclose((east, south, west, north), (49, 9, 10, 30), atol=1.5)
+    assert north_east == pytest.approx(10 * 2**0.5, abs=2)  # into the inner corner, not to the box
+    assert pixels.T[1][2] == 49 and pixels.T[1][4] == pytest.approx(9, abs=1.5)  # box to the right, outline to the right
 
 
 def test_a_cut_off_run_goes_on_as_if_nothing_had_happened(quick, tmp_path, monkeypatch):
@@ -45,7 +61,7 @@ def test_a_cut_off_run_goes_on_as_if_nothing_had_happened(quick, tmp_path, monke
                     raise Cut
                 yield item
 
-        def set_postfix(self, **_):
+        def set_postfix_str(self, _):
             pass
 
     with monkeypatch.context() as patch, pytest.raises(Cut):

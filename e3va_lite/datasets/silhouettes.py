@@ -24,10 +24,10 @@ def _arc(start: float, stop: float, radius: float = 1.0, centre: tuple[float, fl
     return np.stack([centre[0] + radius * np.cos(angles), centre[1] + radius * np.sin(angles)], axis=1)
 
 
-def _bowl() -> np.ndarray:
+def _heart() -> np.ndarray:
     t = np.linspace(0, 2 * np.pi, 40, endpoint=False)
     y = -(13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t))
-    return np.stack([16 * np.sin(t), y + 2.5], axis=1) / 16
+    return np.stack([16 * np.sin(t) ** 3, y - 2.5], axis=1) / 16
 
 
 def _gear() -> np.ndarray:
@@ -51,7 +51,7 @@ OUTLINES: dict[str, np.ndarray] = {
         (-0.3, -1), (0.3, -1), (0.3, -0.3), (1, -0.3), (1, 0.3), (0.3, 0.3),
         (0.3, 1), (-0.3, 1), (-0.3, 0.3), (-1, 0.3), (-1, -0.3), (-0.3, -0.3),
     ),
-    "bowl": _bowl(),
+    "heart": _heart(),
     "crescent": np.concatenate([_arc(0.15, 0.85), _arc(0.79, 0.21, 0.78, (0.42, 0.0))]),
     "arrow": _points((0, -1), (0.8, -0.1), (0.32, -0.1), (0.32, 1), (-0.32, 1), (-0.32, -0.1), (-0.8, -0.1)),
     "drop": np.concatenate([_arc(-0.08, 0.58, 0.62, (0.0, 0.35)), _points((0, -1))]),
