@@ -25,7 +25,7 @@ from .silhouettes import OUTLINES, TEXTURES, Rng, fill, place, texture
 CLASSES = ("star", "crescent", "arrow", "house", "bolt", "fish")  # the last three are new to a pretrained backbone
 DISTRACTORS = tuple(name for name in OUTLINES if name not in (*CLASSES, "pentagon"))  # which is a house, half hidden
 COCO_IDS = (1, 3, 4, 7, 8, 11)  # with gaps, as COCO's own
-VERSION = 1  # raise it whenever a change below changes a single byte of what is written
+VERSION = 2  # raise it whenever a change below changes a single byte of what is written
 VOID = 255
 FIRST_VAL = 1_000_000  # index of the first validation scene: the same ones however many there are for training
 HARD, GONE = 0.6, 0.9  # hidden share from which an object is difficult, and from which it is no longer annotated
@@ -74,8 +74,8 @@ def scene(seed: int, index: int, size: int = 224) -> Scene:
 
 def _things(rng: Rng, size: int, with_crowd: bool) -> list[tuple[int, np.ndarray, bool]]:
     """The objects of a scene: class, polygon and whether it is one of a crowd."""
-    labels = rng.integers(len(CLASSES), size=rng.integers(1, 6)).tolist()
-    things = [(label, _somewhere(rng, size, CLASSES[label], 20, 46), False) for label in labels]
+    labels = rng.integers(len(CLASSES), size=rng.integers(3, 9)).tolist()
+    things = [(label, _somewhere(rng, size, CLASSES[label], 16, 36), False) for label in labels]
     if with_crowd:
         label, centre = int(rng.integers(len(CLASSES))), rng.uniform(0.25 * size, 0.75 * size, 2)
         for _ in range(rng.integers(5, 10)):
