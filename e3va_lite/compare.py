@@ -21,7 +21,7 @@ from .recipe import Recipe
 from .tables import text_table, trainable_parameters
 
 METHODS = ("fixed", "adapter", "e3va", "full")
-TRAIN_IMAGES, VAL_IMAGES, DATA_SEED = 480, 160, 0
+TRAIN_IMAGES, VAL_IMAGES, DATA_SEED = 600, 160, 0
 ROUNDS = 8  # timed steps per method
 
 # Two-sided 95 % points of Student's t for 1, 2, ... degrees of freedom
