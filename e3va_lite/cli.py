@@ -159,9 +159,9 @@ def evaluate(run, root, split, device, strict, as_json) -> None:
 
 @cli.command()
 @click.option("--out", type=PATH, default="data/pretrain/swin_nano.safetensors", show_default=True)
-@click.option("--steps", default=3000, show_default=True, type=click.IntRange(1))
-@click.option("--batch", default=32, show_default=True, type=click.IntRange(1))
-@click.option("--lr", default=3e-3, show_default=True, type=click.FloatRange(0, min_open=True))
+@click.option("--steps", default=7000, show_default=True, type=click.IntRange(1))
+@click.option("--batch", default=16, show_default=True, type=click.IntRange(1))
+@click.option("--lr", default=7e-4, show_default=True, type=click.FloatRange(0, min_open=True))
 @click.option("--seed", default=0, show_default=True)
 @click.option("--workers", default=1, show_default=True, help="Processes that draw images.")
 @device_option

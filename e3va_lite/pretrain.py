@@ -50,6 +50,8 @@ class DenseShapes(Dataset):
         return self.length
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        if not 0 <= index < self.length:
+            raise IndexError(index)  # what ends a for loop
         rng = np.random.default_rng((self.seed, index))
         image = _background(rng)
         outlines = np.zeros((SIZE, SIZE), np.int64)
