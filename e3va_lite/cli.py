@@ -96,19 +96,23 @@ def params(backbone: str, as_json: bool) -> None:
 @overwrite
 @as_json
 def compare(methods, seeds, recipe, settings, data, out, device, overwrite, as_json) -> None:
-    """The main job: tune one small detector in several ways and compare accuracy, memory and time."""
+    """The main job: tune one small detector in several ways and compare accuracy, memory and time.
+
+    A comparison that was cut off goes on where it was when the same command is given again.
+    """
     from .compare import METHODS, as_text
     from .compare import compare as run
     from .plots import compare_figure
 
-    files = [out.with_name(out.name + ending) for ending in (".json", ".png")]
+    *files, partial = [out.with_name(out.name + ending) for ending in (".json", ".png", ".partial")]
     for file in files:
         if file.exists() and not overwrite:
             raise InputError(f"'{file}' exists: choose another --out or pass --overwrite.")
-    result = run(_recipe(recipe, settings), methods or METHODS, seeds, data, _device(device))
+    result = run(_recipe(recipe, settings), methods or METHODS, seeds, data, partial, _device(device))
     out.parent.mkdir(parents=True, exist_ok=True)
     files[0].write_text(json.dumps(result, indent=2) + "\n")
     compare_figure(result, files[1])
+    partial.unlink()
     if as_json:
         click.echo(json.dumps(result, indent=2))
     else:

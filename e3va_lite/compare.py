@@ -4,6 +4,8 @@ Accuracy comes from training each method with the same recipe. Memory and time c
 afterwards; the steps of all methods are timed in turn, so that their ratios survive a noisy machine.
 """
 
+import contextlib
+import json
 import math
 import statistics
 from dataclasses import asdict, replace
@@ -12,13 +14,14 @@ from pathlib import Path
 import torch
 import yaml
 
-from .datasets.shapes import CLASSES, write_scenes
+from .datasets.shapes import CLASSES, VERSION, write_scenes
 from .datasets.voc import VOCDetection
 from .engine import batches, build_detector, build_optimizer, evaluate, fit, machine, train_step
 from .errors import InputError
 from .memory import interleaved_seconds, peak_bytes
 from .recipe import Recipe
 from .tables import text_table, trainable_parameters
+from .weights import fingerprint
 
 METHODS = ("fixed", "adapter", "e3va", "full")
 TRAIN_IMAGES, VAL_IMAGES, DATA_SEED = 600, 160, 0
@@ -28,14 +31,20 @@ ROUNDS = 8  # timed steps per method
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
-def compare(recipe: Recipe, methods: tuple[str, ...], seeds: int, data: Path, device: torch.device) -> dict:
+def compare(
+    recipe: Recipe, methods: tuple[str, ...], seeds: int, data: Path, partial: Path, device: torch.device
+) -> dict:
     """Train every method on the generated detection task and measure what it costs.
+
+    Every finished run becomes a line of the file ``partial``. A comparison that was cut off goes on from there: runs of
+    the same recipe on the same data, from the same weights, are not repeated.
 
     Args:
         recipe: Everything but the method.
         methods: Names, each with options if wanted: ``"e3va"``, ``"fixed:fpn_norm=trainable"``.
         seeds: How many training seeds; the data stay the same.
         data: Folder for the generated images; made where missing.
+        partial: JSON lines of finished runs; to be removed when the result is safe.
         device: Where to run.
 
     Returns:
@@ -53,13 +62,22 @@ def compare(recipe: Recipe, methods: tuple[str, ...], seeds: int, data: Path, de
     train_set = VOCDetection(data, "train", CLASSES)
     val_set = VOCDetection(data, "val", CLASSES)
     ap: dict[str, list[float]] = {spec: [] for spec in methods}
-    models = {}
+    known = _read_lines(partial)
     for seed in range(recipe.seed, recipe.seed + seeds):
-        for spec in methods:  # methods inside seeds: a run that is cut off has compared what it has
+        for spec in methods:  # methods inside seeds: after each seed all of them stand side by side
             seeded = replace(recipes[spec], seed=seed)
-            models[spec] = build_detector(seeded, len(train_set.classes))
-            fit(models[spec], train_set, seeded, device)
-            ap[spec].append(evaluate(models[spec], val_set, seeded, device).mean_all_point)
+            model = build_detector(seeded, len(CLASSES))
+            run = {"recipe": asdict(seeded), "data": [TRAIN_IMAGES, VAL_IMAGES, DATA_SEED, VERSION]}
+            run["weights"] = fingerprint(model.backbone.body.swin)
+            done = next((line["ap50"] for line in known if line.items() >= run.items()), None)
+            if done is None:
+                fit(model, train_set, seeded, device)
+                done = evaluate(model, val_set, seeded, device).mean_all_point
+                partial.parent.mkdir(parents=True, exist_ok=True)
+                with partial.open("a") as file:
+                    file.write("\n" + json.dumps({**run, "ap50": done}))  # after whatever was cut off
+            ap[spec].append(done)
+    models = {spec: build_detector(recipes[spec], len(CLASSES)).to(device) for spec in methods}
     cost = _cost(models, recipes, train_set, device)
     rows = []
     for spec in methods:
@@ -84,6 +102,15 @@ def compare(recipe: Recipe, methods: tuple[str, ...], seeds: int, data: Path, de
         "recipe": asdict(recipe),
         **machine(device),
     }
+
+
+def _read_lines(path: Path) -> list[dict]:
+    """JSON lines; one that was cut off in the middle is left out."""
+    lines = []
+    for text in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(text))
+    return lines
 
 
 def _with_method(recipe: Recipe, spec: str) -> Recipe:

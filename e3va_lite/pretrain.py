@@ -171,7 +171,7 @@ def normalise(images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def dense_accuracy(model: nn.Module, loader: DataLoader, device: torch.device) -> dict[str, float]:
-    """Of the objects' pixels: shares whose outline and texture are named rightly, and the distances' error in pixels."""
+    """Of objects' pixels: shares whose outline and texture are named rightly, and the distances' error in pixels."""
     model.eval()
     totals = {"outline": 0.0, "texture": 0.0, "distance_error_px": 0.0}
     objects = 0

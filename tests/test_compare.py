@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 from click.testing import CliRunner
@@ -45,6 +46,36 @@ def test_costs_and_shares(finished):
         assert row["peak_bytes_of_full"] == pytest.approx(row["peak_bytes"] / rows["full"]["peak_bytes"], abs=1e-4)
         assert len(row["ap50_by_seed"]) == 2 and len(row["step_seconds_by_round"]) == 2
     assert rows["full"]["step_seconds_of_full"] == 1
+
+
+def test_a_comparison_that_was_cut_off_goes_on(tmp_path, monkeypatch):
+    for name, value in {"TRAIN_IMAGES": 4, "VAL_IMAGES": 2, "ROUNDS": 1}.items():
+        monkeypatch.setattr(compare, name, value)
+    words = [w for key, value in SMALL.items() for w in ("--set", f"{key}={json.dumps(value)}")]
+    words += ["--method", "fixed", "--method", "e3va", "--data", tmp_path / "data"]
+    whole = run(*words, "--seeds", 2, "--out", tmp_path / "whole", "--json")
+    assert not (tmp_path / "whole.partial").exists()
+    trained, fit = [], compare.fit
+
+    def cut(model, dataset, recipe, device):
+        if len(trained) == 3:
+            raise KeyboardInterrupt
+        trained.append((recipe.method, recipe.seed))
+        fit(model, dataset, recipe, device)
+
+    monkeypatch.setattr(compare, "fit", cut)
+    assert run(*words, "--seeds", 2, "--out", tmp_path / "cut").exit_code != 0
+    with (tmp_path / "cut.partial").open("a") as file:
+        file.write('\n{"recipe": ')  # the power went off while this line was written
+    shutil.copy(tmp_path / "cut.partial", tmp_path / "other.partial")
+    trained.clear()
+    resumed = run(*words, "--seeds", 2, "--out", tmp_path / "cut", "--json")
+    assert trained == [("e3va", 1)]
+    rows, same = (json.loads(result.stdout)["rows"] for result in (whole, resumed))
+    assert [row["ap50_by_seed"] for row in rows] == [row["ap50_by_seed"] for row in same]
+    trained.clear()
+    run(*words, "--set", "clip=0.5", "--out", tmp_path / "other")
+    assert trained == [("fixed", 0), ("e3va", 0)]  # runs of another recipe are not taken for these
 
 
 def test_differences_are_paired_by_seed():

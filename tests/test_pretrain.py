@@ -41,7 +41,8 @@ def test_distances_lead_to_the_sides_of_the_box_and_to_the_outline():
     east, _, south, _, west, _, north, north_east = rays
     assert np.allclose((east, south, west, north), (49, 9, 10, 30), atol=1.5)
     assert north_east == pytest.approx(10 * 2**0.5, abs=2)  # into the inner corner, not to the box
-    assert pixels.T[1][2] == 49 and pixels.T[1][4] == pytest.approx(9, abs=1.5)  # box to the right, outline to the right
+    to_box, to_outline = pixels.T[1][[2, 4]]  # both to the right, from the arm that points up
+    assert to_box == 49 and to_outline == pytest.approx(9, abs=1.5)
 
 
 def test_a_cut_off_run_goes_on_as_if_nothing_had_happened(quick, tmp_path, monkeypatch):
