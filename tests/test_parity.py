@@ -25,7 +25,7 @@ def official():
     New modules have zero biases and tables, and unit norms; with those, a map padded before its norm looks just like
     one padded after it. The norms behind the stages stay as they are, since ours are new and not loaded.
     """
-    shape = dict(NANO)
+    shape = {name: value for name, value in NANO.items() if name != "weight_init"}  # the start does not matter here
     backbones = mmseg.import_mmseg().models.backbones
     swin = backbones.SwinTransformer(pretrain_img_size=224, embed_dims=shape.pop("embed_dim"), **shape)
     generator = torch.Generator().manual_seed(0)
