@@ -88,14 +88,15 @@ def params(backbone: str, as_json: bool) -> None:
     help="May be repeated.  [default: fixed, adapter, e3va, full]",
 )
 @click.option("--seeds", default=1, show_default=True, type=click.IntRange(1, 10), help="Training seeds per method.")
-@click.option("--recipe", default="shapes", show_default=True, help="A recipe's name or YAML file.")
+@click.option("--root", type=PATH, help="A folder in Pascal VOC layout to compare on.  [default: generated scenes]")
+@click.option("--recipe", help="A recipe's name or YAML file.  [default: shapes; with --root, voc-nano]")
 @settings
-@click.option("--data", type=PATH, default="data/shapes-voc", show_default=True, help="For the generated images.")
+@click.option("--data", type=PATH, default="data/shapes-voc", show_default=True, help="For the generated scenes.")
 @click.option("--out", type=PATH, default="runs/compare", show_default=True)
 @device_option
 @overwrite
 @as_json
-def compare(methods, seeds, recipe, settings, data, out, device, overwrite, as_json) -> None:
+def compare(methods, seeds, root, recipe, settings, data, out, device, overwrite, as_json) -> None:
     """The main job: tune one small detector in several ways and compare accuracy, memory and time.
 
     A comparison that was cut off goes on where it was when the same command is given again.
@@ -108,7 +109,8 @@ def compare(methods, seeds, recipe, settings, data, out, device, overwrite, as_j
     for file in files:
         if file.exists() and not overwrite:
             raise InputError(f"'{file}' exists: choose another --out or pass --overwrite.")
-    result = run(_recipe(recipe, settings), methods or METHODS, seeds, data, partial, _device(device))
+    loaded = _recipe(recipe or ("voc-nano" if root else "shapes"), settings)
+    result = run(loaded, methods or METHODS, seeds, root, data, partial, _device(device))
     out.parent.mkdir(parents=True, exist_ok=True)
     files[0].write_text(json.dumps(result, indent=2) + "\n")
     compare_figure(result, files[1])

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from .datasets.shapes import CLASSES, VERSION, write_scenes
+from .datasets.shapes import VERSION, write_scenes
 from .datasets.voc import VOCDetection
 from .engine import batches, build_detector, build_optimizer, evaluate, fit, machine, train_step
 from .errors import InputError
@@ -32,9 +32,15 @@ T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 def compare(
-    recipe: Recipe, methods: tuple[str, ...], seeds: int, data: Path, partial: Path, device: torch.device
+    recipe: Recipe,
+    methods: tuple[str, ...],
+    seeds: int,
+    root: Path | None,
+    data: Path,
+    partial: Path,
+    device: torch.device,
 ) -> dict:
-    """Train every method on the generated detection task and measure what it costs.
+    """Train every method on one detection task and measure what it costs.
 
     Every finished run becomes a line of the file ``partial``. A comparison that was cut off goes on from there: runs of
     the same recipe on the same data, from the same weights, are not repeated.
@@ -43,7 +49,8 @@ def compare(
         recipe: Everything but the method.
         methods: Names, each with options if wanted: ``"e3va"``, ``"fixed:fpn_norm=trainable"``.
         seeds: How many training seeds; the data stay the same.
-        data: Folder for the generated images; made where missing.
+        root: A VOC-shaped folder, its splits and classes as the recipe says. Without: generated scenes.
+        data: Folder for the generated scenes; made where missing.
         partial: JSON lines of finished runs; to be removed when the result is safe.
         device: Where to run.
 
@@ -58,17 +65,21 @@ def compare(
     recipes = {spec: _with_method(recipe, spec) for spec in methods}
     for spec_recipe in recipes.values():
         build_detector(spec_recipe, num_classes=1)  # a wrong option is known now, not in minutes
-    write_scenes(data, "voc", TRAIN_IMAGES, VAL_IMAGES, seed=DATA_SEED, size=recipe.max_size)
-    train_set = VOCDetection(data, "train", CLASSES)
-    val_set = VOCDetection(data, "val", CLASSES)
+    source = root.resolve().name if root else f"generated scenes, version {VERSION}, seed {DATA_SEED}"
+    if root is None:
+        write_scenes(data, "voc", TRAIN_IMAGES, VAL_IMAGES, seed=DATA_SEED, size=recipe.max_size)
+    train_set = VOCDetection(root or data, recipe.train_split, recipe.classes)
+    val_set = VOCDetection(root or data, recipe.eval_split, train_set.classes)
+    num_classes = len(train_set.classes)
+    task = f"{source}: {len(train_set)} images for training, {len(val_set)} to evaluate, AP at IoU .5 over all points"
     ap: dict[str, list[float]] = {spec: [] for spec in methods}
     known = _read_lines(partial)
     for seed in range(recipe.seed, recipe.seed + seeds):
         for spec in methods:  # methods inside seeds: after each seed all of them stand side by side
             seeded = replace(recipes[spec], seed=seed)
-            model = build_detector(seeded, len(CLASSES))
-            run = {"recipe": asdict(seeded), "data": [TRAIN_IMAGES, VAL_IMAGES, DATA_SEED, VERSION]}
-            run["weights"] = fingerprint(model.backbone.body.swin)
+            model = build_detector(seeded, num_classes)
+            weights = fingerprint(model.backbone.body.swin)
+            run = {"task": task, "recipe": asdict(seeded), "weights": weights}
             done = next((line["ap50"] for line in known if line.items() >= run.items()), None)
             if done is None:
                 fit(model, train_set, seeded, device)
@@ -77,7 +88,7 @@ def compare(
                 with partial.open("a") as file:
                     file.write("\n" + json.dumps({**run, "ap50": done}))  # after whatever was cut off
             ap[spec].append(done)
-    models = {spec: build_detector(recipes[spec], len(CLASSES)).to(device) for spec in methods}
+    models = {spec: build_detector(recipes[spec], num_classes).to(device) for spec in methods}
     cost = _cost(models, recipes, train_set, device)
     rows = []
     for spec in methods:
@@ -96,7 +107,7 @@ def compare(
             row["step_seconds_of_full"] = round(statistics.median(ratios), 4)
     differences = [] if seeds == 1 else [_difference(ap, methods[-1], other) for other in methods[:-1]]
     return {
-        "task": f"{TRAIN_IMAGES} generated training images, {VAL_IMAGES} for validation, AP at IoU .5 over all points",
+        "task": task,
         "rows": rows,
         "differences": differences,
         "recipe": asdict(recipe),

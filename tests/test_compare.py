@@ -7,6 +7,7 @@ from PIL import Image
 from test_engine import SMALL
 
 from e3va_lite import InputError, cli, compare
+from e3va_lite.datasets.shapes import write_scenes
 
 METHODS = ("fixed", "fixed:fpn_norm=trainable", "e3va", "full")
 
@@ -76,6 +77,20 @@ def test_a_comparison_that_was_cut_off_goes_on(tmp_path, monkeypatch):
     trained.clear()
     run(*words, "--set", "clip=0.5", "--out", tmp_path / "other")
     assert trained == [("fixed", 0), ("e3va", 0)]  # runs of another recipe are not taken for these
+
+
+def test_real_images_are_compared_the_same_way(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "ROUNDS", 1)
+    root = tmp_path / "mine"
+    write_scenes(root, "voc", 4, 2, seed=3, size=64)
+    words = [w for key, value in SMALL.items() for w in ("--set", f"{key}={json.dumps(value)}")]
+    words += ["--method", "fixed", "--set", "eval_split=val", "--root", root]
+    result = run(*words, "--out", tmp_path / "table", "--json")
+    assert result.exit_code == 0, result.exception
+    document = json.loads(result.stdout)
+    assert document["task"].startswith("mine: 4 images for training, 2 to evaluate")
+    assert document["recipe"]["classes"] is None  # the recipe for real images, not the one for the scenes
+    assert str(tmp_path) not in result.stdout
 
 
 def test_differences_are_paired_by_seed():
