@@ -201,6 +201,20 @@ def test_losses_worked_by_hand():
     assert losses["classification"].item() == pytest.approx(expected, rel=1e-4)
 
 
+def test_every_positive_anchor_of_a_batch_counts_the_same():
+    """Beside a full image an empty one adds its share, where divided by its own number (none) it would drown it."""
+    torch.manual_seed(0)
+    model = tiny().train()
+    images = [torch.rand(3, 64, 64), torch.rand(3, 64, 64)]
+    boxes = [target((4, 6, 40, 44), (20, 20, 60, 60)), target()]
+    _, anchors = levels_and_anchors(model, images)
+    positive = int((box_iou(boxes[0]["boxes"], torch.cat(anchors[0])).max(dim=0).values >= 0.5).sum())
+    full, empty = (model([image], [box])["classification"].item() for image, box in zip(images, boxes, strict=True))
+    both = model(images, boxes)["classification"].item()
+    assert positive > 5
+    assert both == pytest.approx(full + empty / positive, rel=1e-4)
+
+
 def test_one_image_is_learnt_with_labels_from_one_to_k():
     model = tiny(num_classes=3, size=64, fpn_channels=32).train()
     image = torch.full((3, 64, 64), 0.5)

@@ -5,11 +5,11 @@ made from the backbone's last map, nine anchors per place, focal loss (.25, 2) a
 are not repeated here: both losses, the matching at IoU .5 and .4 in which each box keeps its best anchor, and the head
 with four convolutions that starts at a class probability of .01.
 
-Where we depart from torchvision, a small class below says so. Two of its ways that differ from the stand-in stay: an
-image's losses are divided by that image's own number of positive anchors and not by the batch's mean number, and there
+Where we depart from torchvision, a small class below says so. One of its ways that differs from the stand-in stays: there
 is a ReLU between the two extra levels.
 """
 
+import itertools
 from collections import OrderedDict
 
 import torch
@@ -136,11 +136,29 @@ class _Anchors(AnchorGenerator):
 
 
 class _Head(RetinaNetHead):
-    """Torchvision's, with outputs in float32 at least: boxes are decoded and losses summed in their precision."""
+    """Torchvision's, with outputs in float32 at least: boxes are decoded and losses summed in their precision.
+
+    Torchvision divides each image's losses by that image's own number of positive anchors, which may be none: one empty
+    image then outweighs a full batch, and the gradient jumps by two orders of magnitude. Here the batch counts as one.
+    """
 
     def forward(self, maps: list[Tensor]) -> dict[str, Tensor]:
         outputs = super().forward(maps)
         return {name: x.to(torch.promote_types(x.dtype, torch.float32)) for name, x in outputs.items()}
+
+    def compute_loss(
+        self,
+        targets: list[dict],
+        head_outputs: dict[str, Tensor],
+        anchors: list[Tensor],
+        matched_idxs: list[Tensor],
+    ) -> dict[str, Tensor]:
+        """The two losses of a batch laid end to end, as if it were one long image."""
+        ahead = itertools.accumulate((len(target["labels"]) for target in targets[:-1]), initial=0)
+        matched = [torch.where(index >= 0, index + n, index) for index, n in zip(matched_idxs, ahead, strict=True)]
+        target = {key: torch.cat([target[key] for target in targets]) for key in ("boxes", "labels")}
+        outputs = {name: x.flatten(0, 1)[None] for name, x in head_outputs.items()}
+        return super().compute_loss([target], outputs, [torch.cat(anchors)], [torch.cat(matched)])
 
 
 def check_maps(images: Tensor, maps: list[Tensor], out_channels: list[int], strides: list[int]) -> None:
