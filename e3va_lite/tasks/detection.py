@@ -5,8 +5,8 @@ made from the backbone's last map, nine anchors per place, focal loss (.25, 2) a
 are not repeated here: both losses, the matching at IoU .5 and .4 in which each box keeps its best anchor, and the head
 with four convolutions that starts at a class probability of .01.
 
-Where we depart from torchvision, a small class below says so. One of its ways that differs from the stand-in stays: there
-is a ReLU between the two extra levels.
+Where we depart from torchvision, a small class below says so. One of its ways that differs from the stand-in stays: a
+ReLU between the two extra levels.
 """
 
 import itertools
