@@ -1,8 +1,10 @@
 """Generated scenes on disk, in the genuine Pascal VOC, COCO and ADE20K layouts: what can be tried without a download.
 
-Half of the six classes have outlines that pretraining showed, half were kept from it. The look is another one on
-purpose: pretraining images are crisp and colourful, scenes are muted, cluttered, shadowed and a little out of focus, so
-that a frozen backbone is good here, but not enough. Read from ``scene`` down; each layout has one writer.
+The look is that of a stained slide under a microscope: translucent bodies with dark rims on a mottled ground, in uneven
+light. Half of the six classes have outlines that pretraining showed, half were kept from it. And colour, which meant
+nothing in pretraining, has a meaning here: each class takes up a stain of its own, and a body of the same outline in
+another's stain is a decoy. So a frozen backbone is good, but not enough. Read from ``scene`` down; each layout has one
+writer.
 """
 
 import itertools
@@ -23,9 +25,9 @@ from ..errors import InputError, unknown
 from .silhouettes import OUTLINES, TEXTURES, Rng, fill, place, texture
 
 CLASSES = ("star", "crescent", "arrow", "house", "bolt", "fish")  # the last three are new to a pretrained backbone
-DISTRACTORS = tuple(name for name in OUTLINES if name not in (*CLASSES, "pentagon"))  # which is a house, half hidden
+BLOTCHES = tuple(name for name in OUTLINES if name not in CLASSES)  # shapes of the ground's paler and darker patches
 COCO_IDS = (1, 3, 4, 7, 8, 11)  # with gaps, as COCO's own
-VERSION = 2  # raise it whenever a change below changes a single byte of what is written
+VERSION = 3  # raise it whenever a change below changes a single byte of what is written
 VOID = 255
 FIRST_VAL = 1_000_000  # index of the first validation scene: the same ones however many there are for training
 HARD, GONE = 0.6, 0.9  # hidden share from which an object is difficult, and from which it is no longer annotated
@@ -60,13 +62,11 @@ def scene(seed: int, index: int, size: int = 224) -> Scene:
     canvas = look.ground()
     instances = np.zeros((size, size), np.uint8)
     things = [] if special == 0 else _things(rng, size, with_crowd=special in (1, 2))
-    queue = [*range(1, len(things) + 1), *[0] * rng.integers(1, 4)]  # 0 is a distractor
-    rng.shuffle(queue)
-    for k in queue:
-        polygon = things[k - 1][1] if k else _somewhere(rng, size, str(rng.choice(DISTRACTORS)), 9, 36)
+    bodies = [(k, *thing[:2]) for k, thing in enumerate(things, start=1)] + _decoys(rng, size)
+    rng.shuffle(bodies)
+    for k, stain, polygon in bodies:
         box, mask = fill(polygon, size, size)
-        look.shadow(canvas, polygon)
-        np.copyto(canvas[box], look.surface(*mask.shape), where=mask[..., None])
+        look.body(canvas, box, mask, stain)
         instances[box][mask] = k
     look.wires(canvas)  # thin enough for an annotator to look past: they hide nothing
     return Scene(look.photograph(canvas), *_annotate(instances, things))
@@ -74,14 +74,24 @@ def scene(seed: int, index: int, size: int = 224) -> Scene:
 
 def _things(rng: Rng, size: int, with_crowd: bool) -> list[tuple[int, np.ndarray, bool]]:
     """The objects of a scene: class, polygon and whether it is one of a crowd."""
-    labels = rng.integers(len(CLASSES), size=rng.integers(3, 9)).tolist()
-    things = [(label, _somewhere(rng, size, CLASSES[label], 16, 36), False) for label in labels]
+    labels = rng.integers(len(CLASSES), size=rng.integers(6, 12)).tolist()
+    things = [(label, _somewhere(rng, size, CLASSES[label], 14, 28), False) for label in labels]
     if with_crowd:
         label, centre = int(rng.integers(len(CLASSES))), rng.uniform(0.25 * size, 0.75 * size, 2)
         for _ in range(rng.integers(5, 10)):
             member = _somewhere(rng, size, CLASSES[label], 9, 14, tuple(rng.normal(centre, 0.09 * size)))
             things.append((label, member, True))
     return things
+
+
+def _decoys(rng: Rng, size: int) -> list[tuple[int, int, np.ndarray]]:
+    """Bodies that are nothing, for their outline is one class's and their stain another's: 0, stain and polygon."""
+    outlines = rng.integers(len(CLASSES), size=rng.integers(4, 9))
+    stains = (outlines + rng.integers(1, len(CLASSES), size=len(outlines))) % len(CLASSES)
+    return [
+        (0, int(stain), _somewhere(rng, size, CLASSES[outline], 14, 28))
+        for outline, stain in zip(outlines, stains, strict=True)
+    ]
 
 
 def _somewhere(
@@ -119,7 +129,7 @@ def _extent(mask: np.ndarray) -> tuple[int, int, int, int]:
 
 
 class _Look:
-    """The light, the colours and the materials of one scene; every method draws on from the scene's random numbers."""
+    """The light and the colours of one scene; every method draws on from the scene's random numbers."""
 
     def __init__(self, rng: Rng, size: int) -> None:
         self.rng, self.size = rng, size
@@ -127,7 +137,7 @@ class _Look:
         tint = rng.normal(size=3)
         self.tint = 0.08 * (tint - tint.mean())  # one cast over everything: the palette is narrow
         angle = rng.uniform(-np.pi, np.pi)
-        self.fall = np.array([np.cos(angle), np.sin(angle)])  # direction of the light, and of the shadows
+        self.fall = np.array([np.cos(angle), np.sin(angle)])  # direction of the light
 
     def colour(self, level: float) -> np.ndarray:
         return np.clip(level * (1 + self.tint + self.rng.normal(0, 0.07, 3)), 0.03, 0.97).astype(np.float32)
@@ -149,23 +159,26 @@ class _Look:
         blend = 0.5 + 0.35 * self.clouds(3, 9, 30, 90) + rng.uniform(0.1, 0.4) * self.pattern(size, size, 5, 30)
         canvas = first + np.clip(blend, 0, 1.4)[..., None] * (second - first)
         for _ in range(rng.integers(4, 10)):
-            box, mask = fill(_somewhere(rng, size, str(rng.choice(DISTRACTORS)), 10, 60), size, size)
+            box, mask = fill(_somewhere(rng, size, str(rng.choice(BLOTCHES)), 10, 60), size, size)
             canvas[box] *= np.where(mask, np.float32(1 + rng.uniform(0.04, 0.13) * rng.choice((-1, 1))), 1)[..., None]
         self.wires(canvas)
         return canvas
 
-    def surface(self, height: int, width: int) -> np.ndarray:
-        """Material of one thing, float32 (height, width, 3): little contrast to the ground, less within itself."""
-        rng = self.rng
-        level = self.level * (1 + rng.uniform(0.32, 0.62) * rng.choice((-1, 1)))
-        first, second = self.colour(level), self.colour(level * (1 + rng.uniform(0.1, 0.25) * rng.choice((-1, 1))))
-        shade = np.linspace(*rng.uniform(0.85, 1.15, 2), width, dtype=np.float32)[:, None]
-        return (first + self.pattern(height, width, 5, 14)[..., None] * (second - first)) * shade
+    def body(self, canvas: np.ndarray, box: tuple[slice, slice], mask: np.ndarray, stain: int) -> None:
+        """A translucent body: it takes away light, most of the colour opposite to its stain, and more at its rim."""
+        hue = 2 * np.pi * stain / len(CLASSES) + self.rng.normal(0, 0.15)
+        absorbed = 1 + 0.84 * np.cos(hue - 2 * np.pi / 3 * np.arange(3))  # of red, green and blue
+        whole = np.zeros((self.size, self.size), np.uint8)
+        whole[box] = 255 * mask
+        soft, wide = (self.blurred(whole, radius) for radius in (1.2, 3.5))
+        rim = 2.2 * np.clip(soft - wide, 0, 1)
+        canvas *= 1 - soft * (self.rng.uniform(0.1, 0.3) * absorbed).astype(np.float32)
+        canvas *= 1 - rim * np.float32(self.rng.uniform(0.4, 0.8))
 
-    def shadow(self, canvas: np.ndarray, polygon: np.ndarray) -> None:
-        reach = self.rng.uniform(1.5, 4.5) * self.size / 224
-        box, mask = fill(polygon + reach * self.fall, self.size, self.size)
-        canvas[box] *= np.where(mask, np.float32(self.rng.uniform(0.66, 0.88)), 1)[..., None]
+    def blurred(self, mask: np.ndarray, radius: float) -> np.ndarray:
+        """A uint8 mask (H, W) out of focus, float32 (H, W, 1) in 0..1; radius in pixels of an image of 224."""
+        image = Image.fromarray(mask).filter(ImageFilter.GaussianBlur(radius * self.size / 224))
+        return np.asarray(image, np.float32)[..., None] / 255
 
     def wires(self, canvas: np.ndarray) -> None:
         """Thin lines from side to side."""
@@ -372,7 +385,7 @@ def _corners(ring: np.ndarray) -> np.ndarray:
 
 
 def _write_ade20k(root: Path, scenes: Numbered) -> None:
-    """Class 1 is the ground, distractors included; borders and the remains of hidden objects are 0, no class."""
+    """Class 1 is the ground, decoys included; borders and the remains of hidden objects are 0, no class."""
     folders = {"train": "training", "val": "validation"}
     for split, number, s in scenes:
         classes = np.zeros(256, np.uint8)  # from the values of ``instances``
