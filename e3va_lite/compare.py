@@ -24,7 +24,7 @@ from .tables import text_table, trainable_parameters
 from .weights import fingerprint
 
 METHODS = ("fixed", "adapter", "e3va", "full")
-TRAIN_IMAGES, VAL_IMAGES, DATA_SEED = 600, 160, 0
+TRAIN_IMAGES, VAL_IMAGES, DATA_SEED = 520, 160, 0
 ROUNDS = 8  # timed steps per method
 
 # Two-sided 95 % points of Student's t for 1, 2, ... degrees of freedom

@@ -168,12 +168,15 @@ class _Look:
         """A translucent body: it takes away light, most of the colour opposite to its stain, and more at its rim."""
         hue = 2 * np.pi * stain / len(CLASSES) + self.rng.normal(0, 0.15)
         absorbed = 1 + 0.84 * np.cos(hue - 2 * np.pi / 3 * np.arange(3))  # of red, green and blue
-        whole = np.zeros((self.size, self.size), np.uint8)
-        whole[box] = 255 * mask
-        soft, wide = (self.blurred(whole, radius) for radius in (1.2, 3.5))
+        reach = self.size // 16 + 2  # further out nothing of the blurred mask is left
+        window = tuple(slice(max(side.start - reach, 0), side.stop + reach) for side in box)
+        light = canvas[window]
+        framed = np.zeros(light.shape[:2], np.uint8)
+        framed[tuple(slice(a.start - b.start, a.stop - b.start) for a, b in zip(box, window, strict=True))] = 255 * mask
+        soft, wide = (self.blurred(framed, radius) for radius in (1.2, 3.5))
         rim = 2.2 * np.clip(soft - wide, 0, 1)
-        canvas *= 1 - soft * (self.rng.uniform(0.1, 0.3) * absorbed).astype(np.float32)
-        canvas *= 1 - rim * np.float32(self.rng.uniform(0.4, 0.8))
+        light *= 1 - soft * (self.rng.uniform(0.1, 0.3) * absorbed).astype(np.float32)
+        light *= 1 - rim * np.float32(self.rng.uniform(0.4, 0.8))
 
     def blurred(self, mask: np.ndarray, radius: float) -> np.ndarray:
         """A uint8 mask (H, W) out of focus, float32 (H, W, 1) in 0..1; radius in pixels of an image of 224."""
