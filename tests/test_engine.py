@@ -236,11 +236,12 @@ def test_eval_refuses_damage_and_other_weights(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_few_images_can_be_learnt_by_heart(scenes):
+def test_a_few_images_can_be_learnt_by_heart(tmp_path):
     """Detector, loss, loop and metric together: what training shows it must find again."""
-    dataset = VOCDetection(scenes, "train")
+    write_scenes(tmp_path, "voc", train=6, val=1, seed=0, size=160)
+    dataset = VOCDetection(tmp_path, "train")
     for method in ("e3va", "full"):
-        recipe = small(method=method, epochs=250, lr=3e-3, fpn_channels=64, pretrained=True, batch=6)
+        recipe = load_recipe("shapes", {"method": method, "epochs": 100, "batch": 6})
         model = build_detector(recipe, len(dataset.classes))
         fit(model, dataset, recipe, torch.device("cpu"))
         assert evaluate(model, dataset, recipe, torch.device("cpu")).mean_all_point > 0.9, method
