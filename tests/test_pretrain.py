@@ -112,7 +112,7 @@ def test_pretraining_beats_the_best_constant_answers(tmp_path, monkeypatch):
         tmp_path / "n.safetensors", 300, 16, 7e-4, seed=0, workers=1, device="cpu", overwrite=False
     )
     accuracy = card["accuracy_on_100_held_out_images"]
-    assert accuracy["texture"] > 1.5 * card["always_the_commonest_answer"]["texture"]
+    assert accuracy["texture"] > card["always_the_commonest_answer"]["texture"] + 0.05
     held_out = pretrain.DenseShapes(100, seed=1_000_000)
     inside = torch.cat([distances[:, outlines > 0] for _, outlines, _, distances in held_out], dim=1)
     same_everywhere = pretrain.SIZE / 4 * (inside - inside.median(dim=1, keepdim=True).values).abs().mean()
