@@ -1,4 +1,8 @@
-"""Recipes: all settings of a training run in one flat YAML file."""
+"""Recipes: all settings of a training run in one flat YAML file.
+
+Every recipe names its task; the task decides which fields there are: those of :class:`Recipe`, which all tasks share,
+and those of one of its three children.
+"""
 
 import dataclasses
 import typing
@@ -10,50 +14,109 @@ import yaml
 from .errors import InputError, unknown
 
 FOLDER = Path(__file__).parent / "recipes"
+SCHEDULES = ("step", "poly", "cosine")
+PRECISIONS = ("float32", "bfloat16", "float16")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A detection run. Sizes in pixels, rates per step; the YAML files say where each value comes from."""
+    """What every task needs. Sizes in pixels; the YAML files say where each value comes from.
 
+    Exactly one of ``epochs`` and ``steps`` is given; ``milestones`` and ``eval_every`` count in the same unit. A step is
+    one update of the parameters: ``batch`` images on each process, ``accumulate`` times.
+    """
+
+    task: str
     # model
     method: str = "e3va"
     backbone: str = "swin_large_patch4_window7_224"
     pretrained: bool = True
-    weights: str | None = None
-    stages: list[int] = field(default_factory=lambda: [2, 3, 4])
+    weights: str | None = None  # a local file instead of the published weights
+    stages: list[int] = field(default_factory=lambda: [1, 2, 3, 4])
     options: dict = field(default_factory=dict)  # of the method, e.g. {rank: 16}
-    fpn_channels: int = 256
-    anchor_base: float = 4.0
-    # images
-    train_split: str = "trainval"
-    eval_split: str = "test"
-    classes: list[str] | None = None
-    min_size: int = 600
-    max_size: int = 1000
+    drop_path_rate: float = 0.0  # stochastic depth; acts in `full` only
+    # data
+    train_split: str = "train"
+    eval_split: str = "val"
+    classes: list[str] | None = None  # without: what the dataset says of itself
     # training
-    epochs: int = 12
-    batch: int = 2
+    epochs: int | None = None
+    steps: int | None = None
+    batch: int = 2  # images per process and backward pass
+    accumulate: int = 1  # backward passes per step
+    precision: str = "float32"
     lr: float = 1e-4
     weight_decay: float = 0.05
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     warmup: int = 500  # steps of linear warm-up
-    schedule: str = "step"  # of the learning rate: "step" divides by ten at the milestones, "cosine" falls to zero
-    milestones: list[int] = field(default_factory=lambda: [8, 11])  # epochs
+    schedule: str = "step"  # "step" divides the rate by ten at the milestones, "poly" and "cosine" fall to zero
+    milestones: list[int] = field(default_factory=list)
+    power: float = 1.0  # of "poly"
     clip: float | None = None  # norm to which gradients are clipped
     seed: int = 0
-    workers: int = 2
+    workers: int = 2  # processes that read images
+    eval_every: int | None = None  # without: at the end only
+    save_every: int = 500  # steps between checkpoints
 
 
-def load_recipe(name: str, overrides: dict[str, object] | None = None) -> Recipe:
+@dataclass(frozen=True, kw_only=True)
+class VOCRecipe(Recipe):
+    """RetinaNet on a Pascal VOC-shaped folder."""
+
+    fpn_channels: int = 256
+    anchor_base: float = 4.0  # side of a level's smallest anchor, in strides
+    min_size: int = 600
+    max_size: int = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class COCORecipe(Recipe):
+    """Cascade Mask R-CNN on a COCO-shaped folder."""
+
+    images: str = "{split}"  # folder below the root
+    annotations: str = "annotations/instances_{split}.json"
+    fpn_channels: int = 256
+    anchor_base: float = 8.0  # side of a level's anchor, in strides
+    head_channels: int = 1024  # width of the box heads' fully connected layer
+    min_sizes: list[int] = field(default_factory=lambda: list(range(480, 801, 32)))  # short side when training
+    min_size: int = 800  # short side when evaluating
+    max_size: int = 1333
+    crop: bool = True  # half of the training images are cropped before they are resized
+
+
+@dataclass(frozen=True, kw_only=True)
+class ADE20KRecipe(Recipe):
+    """UPerNet on a folder of images and index masks."""
+
+    images: str = "images/{split}"  # folder below the root
+    masks: str = "annotations/{split}"
+    listing: str | None = None  # file below the root that lists the names of a split; without: all in the folder
+    image_suffix: str = ".jpg"
+    mask_suffix: str = ".png"
+    ignore: int = 0  # mask value that is no class; below it classes keep their place, above it they move down by one
+    head_channels: int = 512
+    scale: list[int] = field(default_factory=lambda: [2048, 512])  # long and short side that an image is fitted into
+    ratio: list[float] = field(default_factory=lambda: [0.5, 2.0])  # of that size, when training
+    crop: int = 512
+
+
+TASKS: dict[str, type[Recipe]] = {"voc": VOCRecipe, "coco": COCORecipe, "ade20k": ADE20KRecipe}
+
+
+def load_recipe(name: str, overrides: dict[str, object] | None = None, task: str | None = None) -> Recipe:
     """The recipe of that name or in that YAML file, with fields overridden.
 
+    A recipe file may have one more entry, ``methods``, that maps the name of a method to the fields in which that
+    method departs from the rest; it is resolved here.
+
     Args:
-        name: One that ships with the package (``voc``, ``voc-nano``, ``shapes``) or a path that ends in ``.yaml``.
+        name: One that ships with the package (``voc``, ``voc-nano``, ``coco``, ...) or a path that ends in ``.yaml``.
         overrides: Values by field; strings are read as YAML, so ``"1e-3"`` and ``"[1, 2]"`` mean what they look like.
+            An ``epochs`` replaces the recipe's ``steps``, and the other way round.
+        task: The task that the recipe has to be for.
 
     Raises:
-        InputError: For an unknown recipe or field, or a value of the wrong kind.
+        InputError: For an unknown recipe, task or field, or a value of the wrong kind.
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
     if not path.is_file():
@@ -62,23 +125,27 @@ def load_recipe(name: str, overrides: dict[str, object] | None = None) -> Recipe
         raise InputError(f"there is no recipe file '{path}': check the path.")
     try:
         values = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"recipe '{path}' is not valid YAML: {str(error).splitlines()[0]}.") from error
     if not isinstance(values, dict):
         raise InputError(f"recipe '{path}' must be a YAML mapping of fields to values.")
-    for key, value in (overrides or {}).items():
-        values[key] = yaml.safe_load(value) if isinstance(value, str) else value
-    kinds = typing.get_type_hints(Recipe)
+    overrides = {key: _parsed(key, value) for key, value in (overrides or {}).items()}
+    by_method = values.pop("methods", {})
+    values |= by_method.get(overrides.get("method", values.get("method", Recipe.method)), {})
+    if "epochs" in overrides or "steps" in overrides:
+        values |= {"epochs": None, "steps": None}
+    values |= overrides
+    if task is not None and values.get("task") != task:
+        raise InputError(f"recipe '{name}' is for the task {values.get('task')}, not for {task}: choose another.")
+    if values.get("task") not in TASKS:
+        raise unknown(f"task in recipe '{path}':", str(values.get("task")), TASKS)
+    kinds = typing.get_type_hints(TASKS[values["task"]])
     for key, value in values.items():
         if key not in kinds:
-            raise unknown("recipe field", key, kinds)
+            raise unknown(f"field of a recipe for {values['task']}", key, kinds)
         values[key] = _as(kinds[key], value, key)
-    recipe = Recipe(**values)
-    for key in ("epochs", "batch", "min_size", "max_size", "fpn_channels", "lr"):
-        if getattr(recipe, key) <= 0:
-            raise InputError(f"{key}={getattr(recipe, key)} cannot work: choose a positive value.")
-    if recipe.schedule not in ("step", "cosine"):
-        raise unknown("schedule", recipe.schedule, ("step", "cosine"))
+    recipe = TASKS[values["task"]](**values)
+    _check(recipe)
     return recipe
 
 
@@ -87,11 +154,20 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
     path.write_text(yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False))
 
 
+def _parsed(key: str, value: object) -> object:
+    try:
+        return yaml.safe_load(value) if isinstance(value, str) else value
+    except yaml.YAMLError as error:
+        raise InputError(f"recipe field {key}={value} is not valid YAML: put the value into quotes.") from error
+
+
 def _as(kind: object, value: object, key: str) -> object:
     """The value, if it is of that kind; a number written as text or without a point is forgiven."""
     choices = typing.get_args(kind) if type(None) in typing.get_args(kind) else (kind,)
     for choice in choices:
         plain = typing.get_origin(choice) or choice
+        if plain is list and isinstance(value, list):
+            return [_as(typing.get_args(choice)[0], item, key) for item in value]
         if plain is float and isinstance(value, int | float | str) and not isinstance(value, bool):
             try:
                 return float(value)  # YAML reads 1e-4 as text
@@ -101,3 +177,26 @@ def _as(kind: object, value: object, key: str) -> object:
             return value
     wanted = " or ".join(getattr(choice, "__name__", str(choice)) for choice in choices).replace("NoneType", "null")
     raise InputError(f"recipe field {key}={value!r} must be of type {wanted}.")
+
+
+def _check(recipe: Recipe) -> None:
+    """Values that cannot work, said before anything is read or built."""
+    if (recipe.epochs is None) == (recipe.steps is None):
+        raise InputError(f"epochs={recipe.epochs} and steps={recipe.steps}: give exactly one of the two.")
+    for key, value in dataclasses.asdict(recipe).items():
+        for number in value if isinstance(value, list) else [value]:
+            if key in ZERO_IS_FINE or not isinstance(number, int | float) or isinstance(number, bool):
+                continue
+            if not number > 0:
+                raise InputError(f"{key}={value} cannot work: choose a positive value.")
+    for key in ZERO_IS_FINE:
+        if getattr(recipe, key, 0) < 0:
+            raise InputError(f"{key}={getattr(recipe, key)} cannot work: choose 0 or more.")
+    for key, known in (("schedule", SCHEDULES), ("precision", PRECISIONS)):
+        if getattr(recipe, key) not in known:
+            raise unknown(key, getattr(recipe, key), known)
+    if len(recipe.betas) != 2 or not all(0 < beta < 1 for beta in recipe.betas):
+        raise InputError(f"betas={recipe.betas} cannot work: give two numbers between 0 and 1.")
+
+
+ZERO_IS_FINE = ("weight_decay", "warmup", "seed", "workers", "drop_path_rate", "ignore")

@@ -87,7 +87,7 @@ def test_weights_load_and_the_card_tells_how_to_remake_them(quick, tmp_path):
 
 
 def test_accuracy_worked_by_hand():
-    """Two label maps of 28 x 28: in one four pixels that are named rightly and six that are not, in the other nothing."""
+    """Two label maps of 28 x 28: in one four pixels that are named rightly and six not, in the other nothing."""
     outlines, textures = torch.zeros(2, 28, 28, dtype=torch.int64), torch.full((2, 28, 28), pretrain.IGNORE)
     outlines[0, 0, :4], outlines[0, 1, :4], outlines[0, 2, :2] = 3, 5, 5
     textures[0, 0, :4], textures[0, 1, :4], textures[0, 2, :2] = 0, 1, 2
