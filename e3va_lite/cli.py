@@ -49,6 +49,8 @@ strict = click.option(
 device_option = click.option(
     "--device", default=None, help="cpu, cuda, cuda:1, ...  [default: cuda where there is one]"
 )
+best = click.option("--best", is_flag=True, help="The checkpoint with the best metric.  [default: the last one]")
+weights_option = click.option("--weights", help="File of the pretrained weights, where it is elsewhere now.")
 settings = click.option(
     "--set", "settings", multiple=True, metavar="FIELD=VALUE", help="Override a field of the recipe; may be repeated."
 )
@@ -127,40 +129,94 @@ def train() -> None:
     """Train on a dataset, keep the run in a folder, evaluate it."""
 
 
-@train.command("voc")
-@click.option("--root", required=True, type=PATH, help="A folder in Pascal VOC layout.")
-@click.option("--recipe", default="voc", show_default=True, help="A recipe's name (voc, voc-nano, ...) or YAML file.")
-@click.option("--method", help="One of the twelve ways of tuning.  [default: the recipe's]")
-@click.option("--backbone", help="swin_nano or one of timm's.  [default: the recipe's]")
-@settings
-@click.option("--out", type=PATH, help="Folder of the run.  [default: runs/RECIPE-METHOD]")
-@device_option
-@strict
-@overwrite
-@as_json
-def train_voc(root, recipe, method, backbone, settings, out, device, strict, overwrite, as_json) -> None:
-    """RetinaNet on Pascal VOC, or on any folder of that layout with classes of its own."""
-    from .engine import train_voc as run
+def _train_command(task: str, help: str) -> None:
+    @train.command(task, help=help)
+    @click.option("--root", required=True, type=PATH, help="Folder of the dataset; data/README.md shows its layout.")
+    @click.option("--recipe", default=task, show_default=True, help=f"{task}, {task}-nano or a YAML file.")
+    @click.option("--method", help="One of the twelve ways of tuning.  [default: the recipe's]")
+    @click.option("--backbone", help="swin_nano or one of timm's.  [default: the recipe's]")
+    @settings
+    @click.option("--out", type=PATH, help="Folder of the run.  [default: runs/RECIPE-METHOD]")
+    @click.option("--resume", is_flag=True, help="Go on where the run was cut off: same command, and this.")
+    @device_option
+    @strict
+    @overwrite
+    @as_json
+    def command(root, recipe, method, backbone, settings, out, resume, device, strict, overwrite, as_json) -> None:
+        from . import distributed
+        from .runs import train as run
 
-    chosen = [f"{key}={value}" for key, value in (("method", method), ("backbone", backbone)) if value]
-    loaded = _recipe(recipe, (*settings, *chosen))
-    out = out or Path("runs") / f"{Path(recipe).stem}-{loaded.method}"
-    result = run(root, loaded, out, _device(device), strict, overwrite)
-    _report(result, out, as_json)
+        if resume and overwrite:
+            raise InputError("--resume goes on with what is there and --overwrite removes it: give one of the two.")
+        chosen = [f"{key}={value}" for key, value in (("method", method), ("backbone", backbone)) if value]
+        loaded = _recipe(recipe, (*settings, *chosen), task)
+        out = out or Path("runs") / f"{Path(recipe).stem}-{loaded.method}"
+        result = run(root, loaded, out, distributed.start(_device(device)), strict, overwrite, resume)
+        distributed.stop()
+        _report(result, as_json, f"run: {out}")
+
+
+_train_command("voc", "RetinaNet on Pascal VOC, or on any folder of that layout with classes of its own.")
+_train_command("coco", "Cascade Mask R-CNN on COCO, or on any folder of that layout with categories of its own.")
+_train_command("ade20k", "UPerNet on ADE20K, or on any folder of images and index masks with classes of its own.")
 
 
 @cli.command("eval")
 @click.argument("run", type=PATH)
 @click.option("--root", type=PATH, help="Another folder of the same layout.  [default: the run's]")
 @click.option("--split", help="Another split.  [default: the run's]")
+@best
+@weights_option
 @device_option
 @strict
 @as_json
-def evaluate(run, root, split, device, strict, as_json) -> None:
-    """Evaluate the folder RUN that `e3va train` wrote."""
-    from .engine import eval_voc
+def evaluate(run, root, split, best, weights, device, strict, as_json) -> None:
+    """Evaluate the folder RUN that `e3va train` wrote, with the official metric of its task."""
+    from . import distributed
+    from .runs import evaluate_run
 
-    _report(eval_voc(run, root, split, _device(device), strict), run, as_json)
+    result = evaluate_run(run, root, split, distributed.start(_device(device)), strict, best, weights)
+    distributed.stop()
+    _report(result, as_json, f"run: {run}")
+
+
+@cli.command()
+@click.argument("run", type=PATH)
+@click.argument("images", nargs=-1, required=True, type=PATH)
+@click.option("--out", type=PATH, help="Folder for pictures and files.  [default: RUN/predictions]")
+@click.option("--threshold", default=0.5, show_default=True, type=click.FloatRange(0, 1), help="For the pictures.")
+@best
+@weights_option
+@device_option
+@overwrite
+def predict(run, images, out, threshold, best, weights, device, overwrite) -> None:
+    """Predict on IMAGES (files or folders) with RUN, a run or an exported file: pictures, and files for tools.
+
+    The files are COCO results JSON and VOC text for boxes and masks, PNG for label maps. They hold everything; the
+    pictures show what scores above the threshold.
+    """
+    from .export import load_exported
+    from .predict import predict as draw
+    from .runs import open_run
+
+    trained = load_exported(run, weights) if run.is_file() else open_run(run, best, weights)
+    out = out or (run.with_suffix("") if run.is_file() else run) / "predictions"
+    count = draw(trained, list(images), out, threshold, _device(device), overwrite)
+    click.echo(f"saved: {out}, {count} images")
+
+
+@cli.command()
+@click.argument("run", type=PATH)
+@click.option("--out", type=PATH, help="A new .safetensors file.  [default: RUN/export.safetensors]")
+@click.option("--backbone-only", is_flag=True, help="Adapters and norms alone, without neck and head.")
+@best
+@weights_option
+def export(run, out, backbone_only, best, weights) -> None:
+    """Write what RUN trained as one small file that goes beside the pretrained weights again."""
+    from .export import export as write
+
+    out = out or run / "export.safetensors"
+    click.echo(f"saved: {out}, {write(run, out, backbone_only, best, weights) / 1e6:.2f} MB")
 
 
 @cli.command()
@@ -202,14 +258,38 @@ def shapes(out, layout, train_images, val_images, size, seed, overwrite) -> None
     click.echo(f"saved: {out}, {train_images} + {val_images} images in {layout} layout")
 
 
-def _recipe(name: str, settings: tuple[str, ...]):
+@data.command()
+@click.argument("recipe")
+@click.argument("root", type=PATH)
+@settings
+@click.option("--shown", default=3, show_default=True, type=click.IntRange(1), help="Places printed of each kind.")
+def check(recipe, root, settings, shown) -> None:
+    """Walk the dataset ROOT of RECIPE before a week of training does, both splits, every file.
+
+    Exit status 1 if training would stop at something; what training would only leave out, or not mind, is printed too.
+    """
+    from .datasets.problems import report
+    from .tasks import task_module
+
+    loaded = _recipe(recipe, settings)
+    fatal = False
+    for split in dict.fromkeys((loaded.train_split, loaded.eval_split)):
+        problems = task_module(loaded.task).check(loaded, root, split)
+        fatal = fatal or any(problem.fatal for problem in problems)
+        click.echo(f"split '{split}':")
+        click.echo(report(problems, shown) or "  nothing found")
+    click.echo("training would stop." if fatal else "training would go through.")
+    sys.exit(fatal)
+
+
+def _recipe(name: str, settings: tuple[str, ...], task: str | None = None):
     from .recipe import load_recipe
 
     pairs = [setting.partition("=") for setting in settings]
     for setting, (_, equals, _) in zip(settings, pairs, strict=True):
         if not equals:
             raise InputError(f"--set {setting} is not understood: write --set FIELD=VALUE.")
-    return load_recipe(name, {key: value for key, _, value in pairs})
+    return load_recipe(name, {key: value for key, _, value in pairs}, task)
 
 
 def _device(name: str | None) -> torch.device:
@@ -222,13 +302,21 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
-def _report(result: dict, run: Path, as_json: bool) -> None:
+def _report(result: dict | None, as_json: bool, last: str) -> None:
+    """Print a metric; processes other than the first have none."""
+    if result is None:
+        return
     if as_json:
         click.echo(json.dumps(result, indent=2))
         return
-    ap = result["ap"]
-    for name, value in ap["by_class_11_point"].items():
-        click.echo(f"  {name:16s} {'no objects' if value is None else f'{value:.3f}'}")
-    eleven, every = ap["ap50_11_point"], ap["ap50_all_point"]
-    click.echo(f"AP at IoU .5 on '{ap['split']}': {eleven:.3f} (11-point), {every:.3f} (all points)")
-    click.echo(f"run: {run}")
+    metrics = result["result"]
+    tables = {name: values for name, values in metrics.items() if isinstance(values, dict)}
+    for label in dict.fromkeys(label for values in tables.values() for label in values):
+        cells = ["    -" if (x := values[label]) is None else f"{x:.3f}" for values in tables.values()]
+        click.echo(f"  {label:24s} {'  '.join(cells)}")
+    if tables:
+        click.echo(f"  ({', '.join(tables)})")
+    for name, value in metrics.items():
+        if name not in ("step", "split", *tables):
+            click.echo(f"{name} on '{metrics['split']}': {'-' if value is None else f'{value:.3f}'}")
+    click.echo(last)

@@ -13,14 +13,16 @@ from pathlib import Path
 
 import torch
 import yaml
+from torch.utils.data import Dataset
 
+from .batches import to_device
 from .datasets.shapes import VERSION, write_scenes
-from .datasets.voc import VOCDetection
-from .engine import batches, build_detector, build_optimizer, evaluate, fit, machine, train_step
+from .engine import Training, build_model, evaluate, fit, machine
 from .errors import InputError
 from .memory import interleaved_seconds, peak_bytes
 from .recipe import Recipe
 from .tables import text_table, trainable_parameters
+from .tasks import voc
 from .weights import fingerprint
 
 METHODS = ("fixed", "adapter", "e3va", "full")
@@ -64,12 +66,12 @@ def compare(
     """
     recipes = {spec: _with_method(recipe, spec) for spec in methods}
     for spec_recipe in recipes.values():
-        build_detector(spec_recipe, num_classes=1)  # a wrong option is known now, not in minutes
+        build_model(spec_recipe, num_classes=1)  # a wrong option is known now, not in minutes
     source = root.resolve().name if root else f"generated scenes, version {VERSION}, seed {DATA_SEED}"
     if root is None:
         write_scenes(data, "voc", TRAIN_IMAGES, VAL_IMAGES, seed=DATA_SEED, size=recipe.max_size)
-    train_set = VOCDetection(root or data, recipe.train_split, recipe.classes)
-    val_set = VOCDetection(root or data, recipe.eval_split, train_set.classes)
+    train_set = voc.dataset(recipe, root or data, recipe.train_split, recipe.classes, train=True)
+    val_set = voc.dataset(recipe, root or data, recipe.eval_split, train_set.classes)
     num_classes = len(train_set.classes)
     task = f"{source}: {len(train_set)} images for training, {len(val_set)} to evaluate, AP at IoU .5 over all points"
     ap: dict[str, list[float]] = {spec: [] for spec in methods}
@@ -77,18 +79,18 @@ def compare(
     for seed in range(recipe.seed, recipe.seed + seeds):
         for spec in methods:  # methods inside seeds: after each seed all of them stand side by side
             seeded = replace(recipes[spec], seed=seed)
-            model = build_detector(seeded, num_classes)
+            model = build_model(seeded, num_classes)
             weights = fingerprint(model.backbone.body.swin)
             run = {"task": task, "recipe": asdict(seeded), "weights": weights}
             done = next((line["ap50"] for line in known if line.items() >= run.items()), None)
             if done is None:
                 fit(model, train_set, seeded, device)
-                done = evaluate(model, val_set, seeded, device).mean_all_point
+                done = evaluate(model, val_set, seeded, device)["ap50_all_point"]
                 partial.parent.mkdir(parents=True, exist_ok=True)
                 with partial.open("a") as file:
                     file.write("\n" + json.dumps({**run, "ap50": done}))  # after whatever was cut off
             ap[spec].append(done)
-    models = {spec: build_detector(recipes[spec], num_classes).to(device) for spec in methods}
+    models = {spec: build_model(recipes[spec], num_classes).to(device) for spec in methods}
     cost = _cost(models, recipes, train_set, device)
     rows = []
     for spec in methods:
@@ -111,7 +113,7 @@ def compare(
         "rows": rows,
         "differences": differences,
         "recipe": asdict(recipe),
-        **machine(device),
+        **machine(recipe, device),
     }
 
 
@@ -132,29 +134,26 @@ def _with_method(recipe: Recipe, spec: str) -> Recipe:
     return replace(recipe, method=method, options={key: yaml.safe_load(value) for key, _, value in pairs})
 
 
-def _cost(models: dict, recipes: dict, dataset: VOCDetection, device: torch.device) -> dict[str, dict]:
+def _cost(models: dict, recipes: dict, dataset: Dataset, device: torch.device) -> dict[str, dict]:
     """Peak bytes and seconds of one training step of each model, on the same batch."""
     steps, cost = {}, {}
     for spec, model in models.items():
-        torch.manual_seed(0)
-        model.train()
-        images, targets = next(batches(dataset, replace(recipes[spec], workers=0), device))
-        optimizer = build_optimizer(model, recipes[spec])
-        for group in optimizer.param_groups:
-            group["lr"] = 0.0  # measured, not trained any further
+        still = replace(recipes[spec], lr=0.0, workers=0, accumulate=1)  # measured, not trained any further
+        training = Training(model, dataset, still, device)
+        images, targets = to_device(next(training.batches()), device)
 
-        def step(model=model, optimizer=optimizer, images=images, targets=targets, clip=recipes[spec].clip) -> None:
-            train_step(model, optimizer, images, targets, clip)
+        def step(training=training, batch=(images, targets)) -> None:
+            training.backward([batch])
+            training.update([batch])
 
-        def known(model=model, optimizer=optimizer, images=images, targets=targets) -> list[torch.Tensor]:
-            state = [value for values in optimizer.state.values() for value in values.values()]
-            grads = [p.grad for p in model.parameters() if p.grad is not None]
-            batch = [*images, *(value for target in targets for value in target.values())]
-            every = [*model.parameters(), *model.buffers(), *grads, *state, *batch]
+        def known(training=training, batch=(images, targets)) -> list[torch.Tensor]:
+            state = [value for values in training.optimizer.state.values() for value in values.values()]
+            grads = [p.grad for p in training.model.parameters() if p.grad is not None]
+            inputs = [*batch[0], *(value for target in batch[1] for value in target.values())]
+            every = [*training.model.parameters(), *training.model.buffers(), *grads, *state, *inputs]
             return [value for value in every if isinstance(value, torch.Tensor)]
 
         cost[spec] = {"peak_bytes": peak_bytes(step, known, device)}
-        optimizer.zero_grad()
         steps[spec] = step
     seconds = interleaved_seconds(steps, ROUNDS, device)
     for spec, values in seconds.items():

@@ -50,6 +50,12 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def barrier() -> None:
+    """Wait until all processes are here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def mean_count(count: Tensor | int, device: torch.device) -> Tensor:
     """The mean of a count over all processes, at least ``1 / world``; a float32 scalar.
 

@@ -1,35 +1,29 @@
-"""Train, keep and evaluate a detector."""
+"""Training and evaluation: one loop for all tasks, on one device or several."""
 
-import csv
-import json
+import contextlib
 import math
 import platform
-import shutil
 import time
-from collections.abc import Iterator
-from dataclasses import asdict
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from itertools import islice
 
+import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from .datasets.voc import VOCDetection
+from .batches import Batch, Stream, loader, on, to_device
+from .distributed import gather, rank, world
 from .errors import InputError
 from .methods import build_backbone
-from .metrics import AveragePrecision, average_precision
-from .recipe import Recipe, load_recipe, save_recipe
-from .tasks.detection import build_retinanet
-from .weights import fingerprint
-
-MODEL_FILE, RECIPE_FILE, RUN_FILE = "model.safetensors", "recipe.yaml", "run.json"
+from .recipe import Recipe
+from .tasks import task_module
 
 
-def build_detector(recipe: Recipe, num_classes: int) -> nn.Module:
-    """The recipe's RetinaNet, new, on the CPU."""
+def build_model(recipe: Recipe, num_classes: int) -> nn.Module:
+    """The recipe's detector or segmenter, new, on the CPU; the same on every process."""
     torch.manual_seed(recipe.seed)
     backbone = build_backbone(
         recipe.method,
@@ -37,20 +31,14 @@ def build_detector(recipe: Recipe, num_classes: int) -> nn.Module:
         recipe.pretrained and recipe.weights is None,
         recipe.weights,
         stages=tuple(recipe.stages),
+        drop_path_rate=recipe.drop_path_rate,
         **recipe.options,
     )
-    return build_retinanet(
-        backbone,
-        num_classes,
-        min_size=recipe.min_size,
-        max_size=recipe.max_size,
-        fpn_channels=recipe.fpn_channels,
-        anchor_base=recipe.anchor_base,
-    )
+    return task_module(recipe.task).model(recipe, backbone, num_classes)
 
 
 def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """AdamW on what is trainable; no decay on norms and relative-position tables, as is usual for Swin."""
+    """AdamW on what is trainable; no decay on layer norms and relative-position tables, as is usual for Swin."""
     norms = {id(p) for m in model.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters(recurse=False)}
     groups: dict[bool, list[Tensor]] = {True: [], False: []}
     for name, p in model.named_parameters():
@@ -64,203 +52,179 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     )
 
 
-def rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
+def steps_per_unit(recipe: Recipe, length: int) -> float:
+    """Steps in one unit of ``milestones`` and ``eval_every``: one pass over ``length`` images, or one step."""
+    return length / (recipe.batch * recipe.accumulate * world()) if recipe.steps is None else 1.0
+
+
+def total_steps(recipe: Recipe, length: int) -> int:
+    """Steps of the whole training on a dataset of ``length`` images."""
+    return max(1, round((recipe.epochs or recipe.steps) * steps_per_unit(recipe, length)))
+
+
+def rate(recipe: Recipe, step: int, total: int, unit: float) -> float:
     """What the learning rate is multiplied by at a step (from 0): linear warm-up times the schedule."""
     warm = min(1.0, (step + 1) / (recipe.warmup + 1))
     if recipe.schedule == "cosine":
-        return warm * (0.5 + 0.5 * math.cos(math.pi * step / (recipe.epochs * steps_per_epoch)))
-    return warm * 0.1 ** sum(step >= milestone * steps_per_epoch for milestone in recipe.milestones)
+        return warm * (0.5 + 0.5 * math.cos(math.pi * step / total))
+    if recipe.schedule == "poly":
+        return warm * max(0.0, 1 - step / total) ** recipe.power
+    return warm * 0.1 ** sum(step >= milestone * unit for milestone in recipe.milestones)
 
 
-def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, images, targets, clip: float | None) -> Tensor:
-    """Forward, backward and update; returns the loss, a scalar without graph."""
-    loss = sum(model(images, targets).values())
-    optimizer.zero_grad()
-    loss.backward()
-    if clip is not None:
-        nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip)
-    optimizer.step()
-    return loss.detach()
+class Training:
+    """A model being trained: what changes from step to step, and how.
 
+    Attributes:
+        step: Steps done so far; ``total``: steps of the whole training; ``unit``: see :func:`steps_per_unit`.
+        model: The model itself, also where several processes train it.
+    """
 
-def batches(dataset: Dataset, recipe: Recipe, device: torch.device) -> Iterator[tuple[list[Tensor], list[dict]]]:
-    """One pass in random order, half of the images mirrored; the order follows from torch's random state."""
-    loader = DataLoader(
-        dataset, recipe.batch, shuffle=True, drop_last=len(dataset) > recipe.batch, num_workers=recipe.workers,
-        collate_fn=list,
-    )  # fmt: skip
-    for items in loader:
-        mirrored = [mirror(*item) if torch.rand(()) < 0.5 else item for item in items]
-        yield [image.to(device) for image, _ in mirrored], [_to(_clear(target), device) for _, target in mirrored]
+    def __init__(self, model: nn.Module, dataset: Dataset, recipe: Recipe, device: torch.device) -> None:
+        several_gpus = world() > 1 and device.type == "cuda"
+        self.model = (nn.SyncBatchNorm.convert_sync_batchnorm(model) if several_gpus else model).to(device).train()
+        self.dataset, self.recipe, self.device = dataset, recipe, device
+        self.unit = steps_per_unit(recipe, len(dataset))
+        self.total = total_steps(recipe, len(dataset))
+        self.step = 0
+        self.optimizer = build_optimizer(self.model, recipe)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "float16")
+        # Every process builds the same model, so nothing is sent at the start, and never anything that is frozen:
+        # what travels are the gradients of the trainable parameters.
+        self.parallel = (
+            DistributedDataParallel(self.model, init_sync=False, broadcast_buffers=False) if world() > 1 else self.model
+        )
 
+    def batches(self) -> Iterator[Batch]:
+        """The batches from the present step on, without end."""
+        recipe = self.recipe
+        stream = Stream(len(self.dataset), recipe.batch, recipe.accumulate, recipe.seed, self.step)
+        return loader(self.dataset, stream, recipe.seed, recipe.workers)
 
-def _clear(target: dict) -> dict:
-    """Without the ``difficult`` objects: the metric does not ask for them, and training does not teach them."""
-    keep = ~target["difficult"]
-    return {**target, **{key: target[key][keep] for key in ("boxes", "labels", "difficult")}}
+    def backward(self, batches: list[Batch]) -> dict[str, float]:
+        """Gradients of the losses on the batches of one step, averaged over them; the losses.
 
+        Raises:
+            InputError: When a loss is not finite.
+        """
+        sums: dict[str, float] = {}
+        for part, batch in enumerate(batches):
+            # Random numbers inside the model follow from the step, as those of the data do.
+            torch.manual_seed(_number(self.recipe.seed, self.step, part, rank()))
+            images, targets = to_device(batch, self.device)
+            with self.parallel.no_sync() if world() > 1 and part + 1 < len(batches) else contextlib.nullcontext():
+                with autocast(self.recipe, self.device):
+                    losses = self.parallel(images, targets)
+                loss = sum(losses.values()) / len(batches)
+                if not torch.isfinite(loss):
+                    raise self._diverged(f"the loss is {loss.item()}", [batch])
+                self.scaler.scale(loss).backward()
+            for name, value in losses.items():
+                sums[name] = sums.get(name, 0.0) + value.item() / len(batches)
+        return sums
 
-def mirror(image: Tensor, target: dict) -> tuple[Tensor, dict]:
-    """Left and right exchanged: image (3, H, W) and boxes (N, 4)."""
-    width = image.shape[-1]
-    boxes = target["boxes"]
-    return image.flip(-1), {
-        **target,
-        "boxes": torch.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], 1),
-    }
+    def update(self, batches: list[Batch]) -> float:
+        """Change the parameters by their gradients and take these away; the norm that the gradients had.
+
+        Raises:
+            InputError: When the gradients are not finite (in float16 such a step is left out instead).
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.lr * rate(self.recipe, self.step, self.total, self.unit)
+        self.scaler.unscale_(self.optimizer)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if not torch.isfinite(norm) and not self.scaler.is_enabled():
+            raise self._diverged("the gradient is not finite", batches)
+        if self.recipe.clip is not None:
+            nn.utils.clip_grads_with_norm_(parameters, self.recipe.clip, norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self.step += 1
+        return norm.item()
+
+    def _diverged(self, what: str, batches: list[Batch]) -> InputError:
+        files = ", ".join(str(target["file"]) for _, targets in batches for target in targets)
+        return InputError(f"{what} at step {self.step + 1} (images {files}): lower lr={self.recipe.lr}.")
 
 
 def fit(
-    model: nn.Module, dataset: Dataset, recipe: Recipe, device: torch.device, log: Path | None = None
+    model: nn.Module,
+    dataset: Dataset,
+    recipe: Recipe,
+    device: torch.device,
+    begin: Callable[[Training], None] | None = None,
+    after: Callable[[Training, dict[str, float]], None] | None = None,
 ) -> list[float]:
-    """Train for the recipe's epochs; the losses of all steps, and a line per step in the CSV file ``log``.
+    """Train as long as the recipe says; the losses of the steps done here.
+
+    Args:
+        model: Changed in place.
+        dataset: Of the recipe's task, made with ``train=True``.
+        begin: Called once before the first step, to go on from an earlier state.
+        after: Called after every step with the losses by name, ``loss`` (their sum) and ``gradient_norm``.
 
     Raises:
-        InputError: When a loss is not finite.
+        InputError: When a loss or gradient is not finite, or an image cannot be used.
     """
-    torch.manual_seed(recipe.seed)
-    model.to(device).train()
-    optimizer = build_optimizer(model, recipe)
-    steps_per_epoch = max(1, len(dataset) // recipe.batch)
+    training = Training(model, dataset, recipe, device)
+    if begin is not None:
+        begin(training)
     losses: list[float] = []
-    with tqdm(total=recipe.epochs * steps_per_epoch, desc=f"train {recipe.method}", unit="step") as bar:
-        for _ in range(recipe.epochs):
-            for images, targets in batches(dataset, recipe, device):
-                factor = rate(recipe, len(losses), steps_per_epoch)
-                for group in optimizer.param_groups:
-                    group["lr"] = recipe.lr * factor
-                loss = train_step(model, optimizer, images, targets, recipe.clip).item()
-                if not math.isfinite(loss):
-                    names = ", ".join(target["image_id"] for target in targets)
-                    raise InputError(
-                        f"the loss is {loss} at step {len(losses) + 1} (images {names}): lower lr={recipe.lr}."
-                    )
-                losses.append(loss)
-                bar.update()
-                bar.set_postfix(loss=f"{sum(losses[-20:]) / len(losses[-20:]):.3f}")
-    if log is not None:
-        with log.open("w", newline="") as file:
-            csv.writer(file).writerows([("step", "loss"), *enumerate(losses, start=1)])
+    batches = training.batches()
+    bar = tqdm(
+        total=training.total, initial=training.step, desc=f"train {recipe.method}", unit="step", disable=rank() > 0
+    )
+    with bar:
+        while training.step < training.total:
+            step = list(islice(batches, recipe.accumulate))
+            parts = training.backward(step)
+            losses.append(sum(parts.values()))
+            norm = training.update(step)
+            bar.update()
+            bar.set_postfix(loss=f"{sum(losses[-20:]) / len(losses[-20:]):.3f}")
+            if after is not None:
+                after(training, {"loss": losses[-1], **parts, "gradient_norm": norm})
     return losses
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, dataset: Dataset, recipe: Recipe, device: torch.device) -> AveragePrecision:
-    """AP at IoU .5 of a trained detector on a dataset."""
+def evaluate(model: nn.Module, dataset: Dataset, recipe: Recipe, device: torch.device) -> dict | None:
+    """The task's metric of a trained model on a dataset, as plain numbers; None on all processes but the first."""
+    task = task_module(recipe.task)
+    was_training = model.training
     model.to(device).eval()
-    loader = DataLoader(dataset, recipe.batch, num_workers=recipe.workers, collate_fn=list)
-    predictions, truths = [], []
-    for items in tqdm(loader, desc=f"eval {recipe.method}", unit="batch"):
-        results = model([image.to(device) for image, _ in items])
-        predictions += [_to(result, torch.device("cpu")) for result in results]
-        truths += [target for _, target in items]
-    return average_precision(predictions, truths, len(dataset.classes))
+    mine = range(rank(), len(dataset), world())
+    chunks = [[(0, i) for i in mine[k : k + recipe.batch]] for k in range(0, len(mine), recipe.batch)]
+    batches = loader(dataset, chunks, recipe.seed, recipe.workers)
+    records = []
+    for images, targets in tqdm(batches, f"eval {recipe.method}", len(chunks), unit="batch", disable=rank() > 0):
+        with autocast(recipe, device):
+            predictions = model([image.to(device) for image in images])
+        records += [task.record(on(p, "cpu"), target) for p, target in zip(predictions, targets, strict=True)]
+    model.train(was_training)
+    every = gather(list(zip(mine, records, strict=True)))
+    if every is None:
+        return None
+    return task.summary([record for _, record in sorted(every, key=lambda pair: pair[0])], dataset)
 
 
-def train_voc(root: Path, recipe: Recipe, run: Path, device: torch.device, strict: bool, overwrite: bool) -> dict:
-    """Train on a VOC-shaped folder, evaluate, and keep model, recipe, losses and result in the folder ``run``.
-
-    Raises:
-        InputError: For anything wrong with the data, the recipe or the folder, before training starts where it can be
-            known then.
-    """
-    _free(run, overwrite)
-    train_set = VOCDetection(root, recipe.train_split, recipe.classes, strict=strict)
-    eval_set = VOCDetection(root, recipe.eval_split, train_set.classes, strict=strict)
-    model = build_detector(recipe, len(train_set.classes))
-    weights = fingerprint(model.backbone.body.swin)
-    run.mkdir(parents=True, exist_ok=True)
-    save_recipe(recipe, run / RECIPE_FILE)
-    start = time.monotonic()
-    fit(model, train_set, recipe, device, run / "losses.csv")
-    seconds = time.monotonic() - start
-    save_model(model, run / MODEL_FILE)
-    result = {
-        "root": str(root),
-        "classes": list(train_set.classes),
-        "weights": weights,
-        "images": {recipe.train_split: len(train_set), recipe.eval_split: len(eval_set)},
-        "train_seconds": round(seconds, 1),
-        "ap": describe(evaluate(model, eval_set, recipe, device), train_set.classes, recipe.eval_split),
-        "recipe": asdict(recipe),
-        **machine(device),
-    }
-    (run / RUN_FILE).write_text(json.dumps(result, indent=2) + "\n")
-    return result
+def autocast(recipe: Recipe, device: torch.device) -> torch.autocast:
+    """The recipe's precision; the weights themselves stay in float32."""
+    return torch.autocast(device.type, getattr(torch, recipe.precision), enabled=recipe.precision != "float32")
 
 
-def eval_voc(run: Path, root: Path | None, split: str | None, device: torch.device, strict: bool) -> dict:
-    """Evaluate the model of a run, on its own data or another VOC-shaped folder with the same classes.
-
-    Raises:
-        InputError: For a folder that is no run, or a model that does not fit its recipe.
-    """
-    for name in (MODEL_FILE, RECIPE_FILE, RUN_FILE):
-        if not (run / name).is_file():
-            raise InputError(
-                f"'{run}' is not a finished run, it has no {name}: give the folder that 'e3va train' wrote."
-            )
-    recipe = load_recipe(str(run / RECIPE_FILE))
-    trained = json.loads((run / RUN_FILE).read_text())
-    split = split or recipe.eval_split
-    dataset = VOCDetection(root or Path(trained["root"]), split, trained["classes"], strict=strict)
-    model = build_detector(recipe, len(trained["classes"]))
-    if fingerprint(model.backbone.body.swin) != trained["weights"]:
-        raise InputError(f"the pretrained weights of {recipe.backbone} are not those that '{run}' was trained with.")
-    load_model(model, run / MODEL_FILE)
-    return {"run": str(run), "ap": describe(evaluate(model, dataset, recipe, device), trained["classes"], split)}
-
-
-def save_model(model: nn.Module, path: Path) -> None:
-    """Keep what training can change: all of the state but the frozen parameters."""
-    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-    state = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items() if name not in frozen}
-    temporary = path.with_suffix(".tmp")
-    save_file(state, temporary)
-    temporary.replace(path)  # never a half-written model under the final name
-
-
-def load_model(model: nn.Module, path: Path) -> None:
-    """Put what :func:`save_model` kept into a new model with the same pretrained weights."""
-    try:
-        with safe_open(path, "pt") as file:
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"'{path}' cannot be read ({error}): the file is damaged.") from error
-    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-    wanted = {name: t.shape for name, t in model.state_dict().items() if name not in frozen}
-    wrong = [name for name in {*wanted, *state} if name not in state or wanted.get(name) != state[name].shape]
-    if wrong:
-        raise InputError(
-            f"'{path}' does not fit its recipe, first at '{min(wrong)}': was one of the two files replaced?"
-        )
-    model.load_state_dict(state, strict=False)
-
-
-def describe(ap: AveragePrecision, classes: list[str], split: str) -> dict:
-    """AP at IoU .5 as plain numbers; null for a class that the split does not show."""
-
-    def plain(values) -> dict:
-        return {name: None if math.isnan(x) else round(float(x), 4) for name, x in zip(classes, values, strict=True)}
-
-    return {
-        "split": split,
-        "ap50_11_point": round(ap.mean_eleven_point, 4),
-        "ap50_all_point": round(ap.mean_all_point, 4),
-        "by_class_11_point": plain(ap.eleven_point),
-        "by_class_all_point": plain(ap.all_point),
-    }
-
-
-def machine(device: torch.device) -> dict:
-    """Where and when a number was measured."""
+def machine(recipe: Recipe, device: torch.device) -> dict:
+    """Where, how and when a number was measured."""
     import timm
     import torchvision
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
     return {
         "device": name if device.type == "cuda" else f"{name}, {torch.get_num_threads()} threads",
-        "precision": "float32",
+        "processes": world(),
+        "precision": recipe.precision,
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -271,15 +235,5 @@ def machine(device: torch.device) -> dict:
     }
 
 
-def _free(folder: Path, overwrite: bool) -> None:
-    """Make sure that a run's folder can be written: it is new, or its replacement was asked for."""
-    if folder.exists():
-        if not overwrite:
-            raise InputError(f"'{folder}' exists: choose another --out or pass --overwrite.")
-        if any(folder.iterdir()) and not (folder / RECIPE_FILE).is_file():
-            raise InputError(f"'{folder}' is not a run and will not be overwritten: choose another --out.")
-        shutil.rmtree(folder)
-
-
-def _to(target: dict, device: torch.device) -> dict:
-    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in target.items()}
+def _number(*key: int) -> int:
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)

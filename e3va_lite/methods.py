@@ -243,9 +243,9 @@ def build_backbone(
             ``fpn_input`` for the E3VA family, see :class:`e3va_lite.highway.E3VA`.
 
     Returns:
-        A module with ``features = backbone(images)``, ``backbone.out_channels`` and ``backbone.strides``. ``images``:
-        float (B, 3, H, W), both sides 32 or more; ``features``: one float map (B, C_i, ceil(H/s_i), ceil(W/s_i)) per
-        stage.
+        A module with ``features = backbone(images)``, ``backbone.out_channels``, ``backbone.strides`` and
+        ``backbone.name``. ``images``: float (B, 3, H, W), both sides 32 or more; ``features``: one float map
+        (B, C_i, ceil(H/s_i), ceil(W/s_i)) per stage.
 
     Raises:
         InputError: For an unknown method, backbone, option or value, or for weights that do not fit.
@@ -262,7 +262,9 @@ def build_backbone(
     if not stages or set(stages) - {1, 2, 3, 4} or list(stages) != sorted(set(stages)):
         raise InputError(f"stages={tuple(stages)} must be ascending numbers out of 1, 2, 3 and 4.")
     swin = create_swin(name, pretrained, weights, drop_path_rate)
-    return function(swin, tuple(stages), **options)
+    backbone = function(swin, tuple(stages), **options)
+    backbone.name = name  # what is trained beside it belongs to this one and to no other
+    return backbone
 
 
 def _blocks(swin: SwinTransformer, stages: tuple[int, ...]) -> list[nn.Module]:

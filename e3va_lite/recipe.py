@@ -22,8 +22,8 @@ PRECISIONS = ("float32", "bfloat16", "float16")
 class Recipe:
     """What every task needs. Sizes in pixels; the YAML files say where each value comes from.
 
-    Exactly one of ``epochs`` and ``steps`` is given; ``milestones`` and ``eval_every`` count in the same unit. A step is
-    one update of the parameters: ``batch`` images on each process, ``accumulate`` times.
+    Exactly one of ``epochs`` and ``steps`` is given; ``milestones`` and ``eval_every`` count in the same unit. A step
+    is one update of the parameters: ``batch`` images on each process, ``accumulate`` times.
     """
 
     task: str
@@ -112,7 +112,8 @@ def load_recipe(name: str, overrides: dict[str, object] | None = None, task: str
     Args:
         name: One that ships with the package (``voc``, ``voc-nano``, ``coco``, ...) or a path that ends in ``.yaml``.
         overrides: Values by field; strings are read as YAML, so ``"1e-3"`` and ``"[1, 2]"`` mean what they look like.
-            An ``epochs`` replaces the recipe's ``steps``, and the other way round.
+            Another length, be it ``epochs`` or ``steps``, replaces the recipe's; ``milestones`` and ``eval_every`` keep
+            their share of it unless they are given, too.
         task: The task that the recipe has to be for.
 
     Raises:
@@ -132,19 +133,23 @@ def load_recipe(name: str, overrides: dict[str, object] | None = None, task: str
     overrides = {key: _parsed(key, value) for key, value in (overrides or {}).items()}
     by_method = values.pop("methods", {})
     values |= by_method.get(overrides.get("method", values.get("method", Recipe.method)), {})
-    if "epochs" in overrides or "steps" in overrides:
-        values |= {"epochs": None, "steps": None}
+    if {"epochs", "steps"} & overrides.keys():
+        values = _rescaled(values, overrides)
     values |= overrides
     if task is not None and values.get("task") != task:
         raise InputError(f"recipe '{name}' is for the task {values.get('task')}, not for {task}: choose another.")
+    return recipe_from(values)
+
+
+def recipe_from(values: dict[str, object]) -> Recipe:
+    """The recipe with these fields, checked; see :func:`load_recipe`."""
     if values.get("task") not in TASKS:
-        raise unknown(f"task in recipe '{path}':", str(values.get("task")), TASKS)
+        raise unknown("task of a recipe", str(values.get("task")), TASKS)
     kinds = typing.get_type_hints(TASKS[values["task"]])
-    for key, value in values.items():
+    for key in values:
         if key not in kinds:
             raise unknown(f"field of a recipe for {values['task']}", key, kinds)
-        values[key] = _as(kinds[key], value, key)
-    recipe = TASKS[values["task"]](**values)
+    recipe = TASKS[values["task"]](**{key: _as(kinds[key], value, key) for key, value in values.items()})
     _check(recipe)
     return recipe
 
@@ -152,6 +157,19 @@ def load_recipe(name: str, overrides: dict[str, object] | None = None, task: str
 def save_recipe(recipe: Recipe, path: Path) -> None:
     """Write every field, defaults too, so that the file alone repeats the run."""
     path.write_text(yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False))
+
+
+def _rescaled(values: dict, overrides: dict) -> dict:
+    """The recipe without its length, and with what counts in its unit in proportion to the new one."""
+    old = values.get("epochs") or values.get("steps")
+    new = overrides.get("epochs") or overrides.get("steps")
+    values = {key: value for key, value in values.items() if key not in ("epochs", "steps")}
+    if isinstance(old, int) and isinstance(new, int):
+        if values.get("milestones"):
+            values["milestones"] = [max(1, round(milestone * new / old)) for milestone in values["milestones"]]
+        if values.get("eval_every"):
+            values["eval_every"] = max(1, round(values["eval_every"] * new / old))
+    return values
 
 
 def _parsed(key: str, value: object) -> object:

@@ -20,6 +20,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelP6P7
 
+from ..distributed import mean_count
 from ..errors import InputError
 
 PAPER_CHANNELS = 256  # of pyramid and head
@@ -139,7 +140,8 @@ class _Head(RetinaNetHead):
     """Torchvision's, with outputs in float32 at least: boxes are decoded and losses summed in their precision.
 
     Torchvision divides each image's losses by that image's own number of positive anchors, which may be none: one empty
-    image then outweighs a full batch, and the gradient jumps by two orders of magnitude. Here the batch counts as one.
+    image then outweighs a full batch, and the gradient jumps by two orders of magnitude. Here the batch counts as one,
+    on however many processes it lies.
     """
 
     def forward(self, maps: list[Tensor]) -> dict[str, Tensor]:
@@ -158,7 +160,11 @@ class _Head(RetinaNetHead):
         matched = [torch.where(index >= 0, index + n, index) for index, n in zip(matched_idxs, ahead, strict=True)]
         target = {key: torch.cat([target[key] for target in targets]) for key in ("boxes", "labels")}
         outputs = {name: x.flatten(0, 1)[None] for name, x in head_outputs.items()}
-        return super().compute_loss([target], outputs, [torch.cat(anchors)], [torch.cat(matched)])
+        losses = super().compute_loss([target], outputs, [torch.cat(anchors)], [torch.cat(matched)])
+        # Torchvision divided by this process's positive anchors; what counts are those of all processes.
+        positives = sum((index >= 0).sum() for index in matched)
+        share = positives.clamp(min=1) / mean_count(positives, positives.device)
+        return {name: loss * share for name, loss in losses.items()}
 
 
 def check_maps(images: Tensor, maps: list[Tensor], out_channels: list[int], strides: list[int]) -> None:
