@@ -18,7 +18,7 @@ from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.retinanet import RetinaNetHead
-from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelP6P7
+from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, FeaturePyramidNetwork, LastLevelP6P7
 
 from ..distributed import mean_count
 from ..errors import InputError
@@ -64,7 +64,11 @@ def build_retinanet(
         InputError: For a number of classes, size, width or base that cannot work, or a backbone without the two lists;
             at the first call for maps that are not what the backbone's two lists say.
     """
-    _check(backbone, num_classes, min_size, max_size, fpn_channels, anchor_base)
+    _check(backbone, num_classes, [min_size], max_size, fpn_channels)
+    if anchor_base < 2 ** (1 / 3):
+        # A box that no anchor touches is matched to *every* anchor that overlaps nothing. Anchors sit at multiples of
+        # the stride from 0 on; to reach the right and lower edge the largest has to be two strides wide.
+        raise InputError(f"anchor_base is {anchor_base}; below 1.26 anchors do not cover the image: use finer strides.")
     last = backbone.strides[-1]
     anchors = _Anchors([*backbone.strides, 2 * last, 4 * last], anchor_base)
     head = _Head(fpn_channels, anchors.num_anchors_per_location()[0], num_classes)
@@ -74,8 +78,11 @@ def build_retinanet(
         for tower in (head.classification_head.conv, head.regression_head.conv):
             for conv in (m for m in tower.modules() if isinstance(m, nn.Conv2d)):
                 nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+    extra = LastLevelP6P7(backbone.out_channels[-1], fpn_channels)
+    # "On input": P6 comes from the backbone's last map, also where that happens to be as wide as the pyramid.
+    extra.use_P5 = False
     return _RetinaNet(
-        _Pyramid(backbone, fpn_channels),
+        _Pyramid(backbone, fpn_channels, extra),
         num_classes,
         min_size=min_size,
         max_size=max_size,
@@ -103,11 +110,8 @@ class _RetinaNet(RetinaNet):
 class _Pyramid(nn.Module):
     """Backbone and feature pyramid as torchvision's detectors want them: images to an ordered dict of levels."""
 
-    def __init__(self, backbone: nn.Module, channels: int):
+    def __init__(self, backbone: nn.Module, channels: int, extra: ExtraFPNBlock):
         super().__init__()
-        extra = LastLevelP6P7(backbone.out_channels[-1], channels)
-        # "On input": P6 comes from the backbone's last map, also where that happens to be as wide as the pyramid.
-        extra.use_P5 = False
         self.body = backbone
         self.fpn = FeaturePyramidNetwork(backbone.out_channels, channels, extra)
         self.out_channels = channels
@@ -119,14 +123,14 @@ class _Pyramid(nn.Module):
 
 
 class _Anchors(AnchorGenerator):
-    """Nine anchors per place: three octave-thirds of scale times the ratios (height to width) .5, 1 and 2.
+    """Anchors at each place: ``per_octave`` scales times the ratios (height to width) .5, 1 and 2; nine by default.
 
     Torchvision guesses a level's stride from the sizes of image and map, 608 // 10 = 60 where it is 64, and computes in
     the maps' precision, which in bfloat16 leaves whole pixels of error. Here strides are the real ones, in float32.
     """
 
-    def __init__(self, strides: list[int], base: float):
-        sizes = tuple(tuple(base * stride * 2 ** (k / 3) for k in range(3)) for stride in strides)
+    def __init__(self, strides: list[int], base: float, per_octave: int = 3):
+        sizes = tuple(tuple(base * stride * 2 ** (k / per_octave) for k in range(per_octave)) for stride in strides)
         super().__init__(sizes, ((0.5, 1.0, 2.0),) * len(strides))
         self.strides = strides
 
@@ -188,7 +192,7 @@ def check_maps(images: Tensor, maps: list[Tensor], out_channels: list[int], stri
         )
 
 
-def _check(backbone, num_classes, min_size, max_size, fpn_channels, anchor_base) -> None:
+def _check(backbone, num_classes, min_sizes, max_size, fpn_channels) -> None:
     channels, strides = getattr(backbone, "out_channels", None), getattr(backbone, "strides", None)
     lists = all(isinstance(x, (list, tuple)) and x for x in (channels, strides))
     if not lists or len(channels) != len(strides):
@@ -198,13 +202,10 @@ def _check(backbone, num_classes, min_size, max_size, fpn_channels, anchor_base)
         )
     if num_classes < 1:
         raise InputError(f"num_classes is {num_classes}; a detector needs at least one class.")
-    if not 0 < min_size <= max_size:
-        raise InputError(
-            f"min_size is {min_size} and max_size {max_size}; sizes in pixels, min_size not above max_size."
-        )
+    for min_size in min_sizes:
+        if not 0 < min_size <= max_size:
+            raise InputError(
+                f"min_size is {min_size} and max_size {max_size}; sizes in pixels, min_size not above max_size."
+            )
     if fpn_channels < 1:
         raise InputError(f"fpn_channels is {fpn_channels}; the feature pyramid needs at least one.")
-    if anchor_base < 2 ** (1 / 3):
-        # A box that no anchor touches is matched to *every* anchor that overlaps nothing. Anchors sit at multiples of
-        # the stride from 0 on; to reach the right and lower edge the largest has to be two strides wide.
-        raise InputError(f"anchor_base is {anchor_base}; below 1.26 anchors do not cover the image: use finer strides.")
