@@ -11,6 +11,7 @@ Read from ``predict`` down. What is drawn is in the second half.
 """
 
 import io
+import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,7 @@ import matplotlib
 import numpy as np
 import torch
 from contourpy import contour_generator
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -36,6 +37,9 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")  # of the
 FORBIDDEN = re.compile(r"[/\\]")  # in the name of a file, not in that of a class
 SIDE = 640  # pixels that the long side of a picture has at least: names on a smaller one are hard to read
 MASK, REGION = 0.4, 0.6  # opacity of an object's mask, and of a label map
+FIRST = (
+    *("#ff8f1f", "#2e86f0", "#35b44a", "#f0529c", "#ffd23f", "#8d5cf6", "#1fc3d0", "#e63946", "#a8d93a", "#b9794a"),
+)
 TO_CONES = ((0.4122, 0.5363, 0.0514), (0.2119, 0.6807, 0.1074), (0.0883, 0.2817, 0.6300))  # Oklab, from linear RGB
 TO_LAB = ((0.2105, 0.7936, -0.0041), (1.9780, -2.4286, 0.4506), (0.0259, 0.7828, -0.8087))
 
@@ -266,17 +270,17 @@ def _draw_objects(canvas: Image.Image, objects: dict, classes: Sequence[str], sc
     draw, line = ImageDraw.Draw(canvas), _line(canvas)
     colours = [tuple(colour) for colour in palette(len(classes))[objects["labels"] - 1].tolist()]
     for mask, colour in zip(objects.get("masks", ()), colours, strict=False):
-        cover = Image.fromarray(mask).convert("L").resize(canvas.size, Image.Resampling.BICUBIC)
-        canvas.paste(colour, mask=cover.point(lambda value: round(255 * MASK) * (value > 127)))
-        for points in contour_generator(z=np.pad(mask, 1).astype(float)).lines(0.5):
-            draw.line([tuple(point) for point in (scale * (points - 0.5)).tolist()], colour, line, joint="curve")
+        soft = np.asarray(Image.fromarray(255 * mask.astype(np.uint8)).resize(canvas.size, Image.Resampling.BICUBIC))
+        canvas.paste(colour, mask=Image.fromarray(np.where(soft > 127, 255 * MASK, 0).astype(np.uint8)))
+        for points in contour_generator(z=np.pad(soft, 1)).lines(127.5):
+            draw.line((points - 1).ravel().tolist(), colour, line, joint="curve")
     edge = np.array(canvas.size)
     # Half-open and continuous to the first and last pixel that belong to the box.
     starts = (scale * objects["boxes"][:, :2]).round().clip(0, edge - 1)
     ends = ((scale * objects["boxes"][:, 2:]).round() - 1).clip(starts, edge - 1)
     boxes = np.hstack([starts, ends]).astype(int).tolist()
     for box, colour in zip(boxes, colours, strict=True):
-        draw.rectangle(box, outline=colour, width=line)
+        draw.rectangle(box, outline=colour, width=1 if "masks" in objects else line)
     names = [f"{classes[n - 1]} {score:.2f}" for n, score in zip(objects["labels"], objects["scores"], strict=True)]
     font = _font(canvas)
     tags = []  # of falling score: the best name has the first choice
@@ -335,7 +339,7 @@ def _draw_regions(canvas: Image.Image, mask: np.ndarray, classes: Sequence[str])
 
 
 def _line(canvas: Image.Image) -> int:
-    return max(2, round(max(canvas.size) / 300))
+    return round(max(canvas.size) / 250)
 
 
 def _font(canvas: Image.Image) -> ImageFont.FreeTypeFont:
@@ -351,18 +355,24 @@ def _ink(colour: tuple[int, int, int]) -> str:
 
 @lru_cache
 def palette(number: int) -> np.ndarray:
-    """Colours for that many classes, uint8 (number, 3), neither dark nor pale; more of them begin with the same ones.
+    """Colours for that many classes, uint8 (number, 3), to be seen on dark and on light.
 
-    Each is as far from those before it as it can be, as the eye sees it: distances are those of Oklab.
+    However many they are, they begin with the same ones: ten chosen by eye, then each the one that is furthest from
+    all before it, in Oklab, where distances are nearly those that people see.
     """
-    rgb = np.stack(np.meshgrid(*[np.arange(0, 256, 17)] * 3, indexing="ij"), -1).reshape(-1, 3)
-    linear = np.where(rgb <= 10, rgb / 255 / 12.92, ((rgb / 255 + 0.055) / 1.055) ** 2.4)
-    cones = np.cbrt(linear @ np.array(TO_CONES).T)
-    lab = np.round(cones @ np.array(TO_LAB).T, 6)  # or the last bit of a product would decide between equals
-    vivid = (lab[:, 0] > 0.5) & (lab[:, 0] < 0.87) & (np.hypot(lab[:, 1], lab[:, 2]) > 0.09)
-    rgb, lab = rgb[vivid], lab[vivid]
-    distance, chosen = np.full(len(lab), np.inf), [int(lab[:, 1].argmax())]
+    chosen = [ImageColor.getrgb(colour) for colour in FIRST]
+    shades = np.array(list(itertools.product(range(0, 256, 17), repeat=3)))
+    lightness, a, b = _oklab(shades).T
+    shades = shades[(lightness > 0.55) & (lightness < 0.85) & (np.hypot(a, b) > 0.07) & (np.hypot(a, b) < 0.21)]
+    distance = np.linalg.norm(_oklab(shades)[:, None] - _oklab(np.array(chosen)), axis=2).min(axis=1)
     while len(chosen) < number:
-        distance = np.minimum(distance, np.linalg.norm(lab - lab[chosen[-1]], axis=1))
-        chosen.append(int(distance.argmax()))
-    return rgb[chosen[:number]].astype(np.uint8)
+        chosen.append(tuple(shades[distance.argmax()].tolist()))
+        distance = np.minimum(distance, np.linalg.norm(_oklab(shades) - _oklab(np.array(chosen[-1])), axis=1))
+    return np.array(chosen[:number], np.uint8)
+
+
+def _oklab(rgb: np.ndarray) -> np.ndarray:
+    """sRGB in 0..255 (..., 3) as lightness, a and b; rounded, or the last bit would decide between equal distances."""
+    rgb = rgb / 255
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    return np.round(np.cbrt(linear @ np.array(TO_CONES).T) @ np.array(TO_LAB).T, 6)

@@ -1,4 +1,6 @@
+import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,3 +24,20 @@ def real_data() -> str:
     if not folder:
         pytest.skip("E3VA_REAL_DATA does not name a folder of real images")
     return folder
+
+
+def pytest_addoption(parser) -> None:
+    parser.addoption("--results", default=None, help="folder into which the evidence writes what it measured")
+
+
+@pytest.fixture
+def results(request):
+    """``results(file, key, value)`` keeps a measurement in FOLDER/file.json, if --results names a folder."""
+
+    def keep(name: str, key: str, value: object) -> None:
+        if folder := request.config.getoption("--results"):
+            path = Path(folder) / f"{name}.json"
+            held = json.loads(path.read_text()) if path.exists() else {}
+            path.write_text(json.dumps({**held, key: value}, indent=2) + "\n")
+
+    return keep

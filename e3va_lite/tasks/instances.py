@@ -134,9 +134,9 @@ class _Transform(GeneralizedRCNNTransform):
     def postprocess(
         self, result: list[dict], image_shapes: list[tuple[int, int]], original_image_sizes: list[tuple[int, int]]
     ) -> list[dict]:
-        for found, size, original in zip(result, image_shapes, original_image_sizes, strict=True):
-            found["boxes"] = resize_boxes(found["boxes"], size, original)
-            found["masks"] = paste(found["masks"], found["boxes"], original)
+        for n, found in enumerate(result):  # none in train mode
+            found["boxes"] = resize_boxes(found["boxes"], image_shapes[n], original_image_sizes[n])
+            found["masks"] = paste(found["masks"], found["boxes"], original_image_sizes[n])
         return result
 
 
