@@ -7,8 +7,9 @@
 """
 
 from .errors import InputError
+from .export import load_adapters
 from .gradients import IsolationError, assert_isolated
 from .methods import METHODS, build_backbone
 
-__all__ = ["METHODS", "InputError", "IsolationError", "assert_isolated", "build_backbone"]
+__all__ = ["METHODS", "InputError", "IsolationError", "assert_isolated", "build_backbone", "load_adapters"]
 __version__ = "0.1.0"

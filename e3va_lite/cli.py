@@ -201,7 +201,9 @@ def predict(run, images, out, threshold, best, weights, device, overwrite) -> No
 
     trained = load_exported(run, weights) if run.is_file() else open_run(run, best, weights)
     out = out or (run.with_suffix("") if run.is_file() else run) / "predictions"
-    count = draw(trained, list(images), out, threshold, _device(device), overwrite)
+    recipe, ignore = trained.recipe, getattr(trained.recipe, "ignore", 0)
+    about = (recipe.task, trained.classes, trained.category_ids, ignore)
+    count = draw(trained.model, images, out, *about, threshold, _device(device), overwrite)
     click.echo(f"saved: {out}, {count} images")
 
 

@@ -44,6 +44,7 @@ def export(run: Path, path: Path, backbone_only: bool = False, best: bool = Fals
         "backbone": trained.recipe.backbone,
         "weights": trained.weights,
         "classes": trained.classes,
+        "category_ids": trained.category_ids,
         "recipe": asdict(trained.recipe),
         "step": trained.step,
         "backbone_only": backbone_only,
@@ -84,7 +85,7 @@ def load_exported(path: str | Path, weights: str | None = None) -> Trained:
     model = build_model(recipe, len(about["classes"]))
     _same_backbone(model.backbone.body, about, path)
     checkpoint.restore(model, tensors, path)
-    return Trained(model, recipe, about["classes"], None, about["step"], about["weights"])
+    return Trained(model, recipe, about["classes"], about["category_ids"], None, about["step"], about["weights"])
 
 
 def _same_backbone(backbone: nn.Module, about: dict, path: Path) -> None:

@@ -67,6 +67,7 @@ def train(
     about = {
         "root": str(root),
         "classes": list(train_set.classes),
+        "category_ids": getattr(train_set, "category_ids", None),
         "weights": fingerprint(model.backbone.body.swin),
         "images": {recipe.train_split: len(train_set), recipe.eval_split: len(eval_set)},
         "processes": world(),
@@ -195,6 +196,7 @@ class Trained(NamedTuple):
     model: nn.Module
     recipe: Recipe
     classes: list[str]
+    category_ids: list[int] | None  # COCO's numbers of the classes
     root: Path | None  # of the dataset, as it was given
     step: int
     weights: str  # fingerprint of the pretrained part
@@ -225,7 +227,9 @@ def open_run(run: Path, best: bool = False, weights: str | None = None) -> Train
             "--weights."
         )
     _restore(model, tensors, path)
-    return Trained(model, recipe, about["classes"], Path(about["root"]), state["step"], about["weights"])
+    return Trained(
+        model, recipe, about["classes"], about["category_ids"], Path(about["root"]), state["step"], about["weights"]
+    )
 
 
 def evaluate_run(

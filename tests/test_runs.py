@@ -120,6 +120,16 @@ def test_a_run_killed_while_it_saves_goes_on_from_the_save_before(saves, scenes,
     same_ending(tmp_path / "run", whole)
 
 
+def test_random_numbers_inside_the_model_are_those_of_the_step(scenes, tmp_path):
+    """Stochastic depth draws at every step; a run that goes on has to draw what it would have drawn."""
+    recipe = small(method="full", drop_path_rate=0.9, steps=4)
+    runs.train(scenes, recipe, tmp_path / "whole", CPU)
+    process = start(scenes, recipe, tmp_path / "run", resume=False, die_in=3)
+    process.join()
+    runs.train(scenes, recipe, tmp_path / "run", CPU, resume=True)
+    same_ending(tmp_path / "run", tmp_path / "whole")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["voc", "coco", "ade20k"])
 def test_twenty_kills(task, tmp_path):
