@@ -3,6 +3,8 @@
 mmsegmentation imports mmcv's compiled operators, which UPerNet and Swin never call. They do not build against a current
 torch, so mmcv-lite, the same code without them, is what gets installed. The import then wants a module ``mmcv._ext``;
 a stand-in answers it, whose operators say what is wrong when they are called after all.
+
+Our backbones in other people's configurations of mmsegmentation: see ``mmseg_backbone``.
 """
 
 import sys
@@ -16,19 +18,21 @@ from .errors import InputError
 
 
 def import_mmseg() -> ModuleType:
-    """The module ``mmseg`` with its ``models``, importable with mmcv-lite as well as with a compiled mmcv.
+    """The module ``mmseg`` with all its parts, importable with mmcv-lite as well as with a compiled mmcv.
 
     Raises:
         InputError: If mmsegmentation or something that it needs is not installed, or a system library is missing.
     """
     try:
-        import_module("cv2")
+        # Threads are up to torch and its workers, one process each; OpenCV's own do not survive a fork.
+        import_module("cv2").setNumThreads(0)
         import_module("mmcv")
         try:
             import_module("mmcv._ext")
         except ImportError:
             sys.modules["mmcv._ext"] = _stand_in()
-        import_module("mmseg.models")
+        for part in ("models", "datasets", "evaluation", "registry"):
+            import_module(f"mmseg.{part}")
         return import_module("mmseg")
     except (ImportError, AssertionError) as error:  # mmseg asserts which versions of mmcv it can live with
         raise _explained(error) from error

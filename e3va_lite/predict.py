@@ -26,6 +26,7 @@ from contourpy import contour_generator
 from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 from pycocotools import mask as coco_mask
 from torch import Tensor, nn
+from torchvision.ops import box_convert
 from tqdm import tqdm
 
 from .batches import on
@@ -36,10 +37,9 @@ from .tasks import NAMES
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")  # of the images in a folder, in any case
 FORBIDDEN = re.compile(r"[/\\]")  # in the name of a file, not in that of a class
 SIDE = 640  # pixels that the long side of a picture has at least: names on a smaller one are hard to read
-MASK, REGION = 0.4, 0.6  # opacity of an object's mask, and of a label map
-FIRST = (
-    *("#ff8f1f", "#2e86f0", "#35b44a", "#f0529c", "#ffd23f", "#8d5cf6", "#1fc3d0", "#e63946", "#a8d93a", "#b9794a"),
-)
+MASK, REGION = 0.35, 0.6  # opacity of an object's mask, and of a label map
+VOID = 255  # never a class in a mask
+FIRST = ["#ff8f1f", "#2e86f0", "#35b44a", "#f0529c", "#ffd23f", "#8d5cf6", "#1fc3d0", "#e63946", "#a8d93a", "#b9794a"]
 TO_CONES = ((0.4122, 0.5363, 0.0514), (0.2119, 0.6807, 0.1074), (0.0883, 0.2817, 0.6300))  # Oklab, from linear RGB
 TO_LAB = ((0.2105, 0.7936, -0.0041), (1.9780, -2.4286, 0.4506), (0.0259, 0.7828, -0.8087))
 
@@ -63,7 +63,7 @@ def predict(
     are. All coordinates refer to the upright image, see :func:`load_image`.
 
     Args:
-        model: Takes and returns what ``e3va_lite.tasks`` says. Boxes (N, 4) are ``x1, y1, x2, y2`` in pixels, half-open.
+        model: Takes and returns what ``e3va_lite.tasks`` says; boxes are ``x1, y1, x2, y2``, half-open.
         paths: Files, or folders of images.
         out: A new or empty folder.
         task: ``voc`` (boxes), ``coco`` (boxes and masks) or ``ade20k`` (label maps).
@@ -78,22 +78,17 @@ def predict(
         The number of images.
 
     Raises:
-        InputError: For an unknown task, more than 255 classes of a label map, a folder that cannot be used, or an
-            image that cannot; what was written before is complete.
+        InputError: For an unknown task, more classes than a mask of 8 bits can tell apart, a folder that cannot be
+            used, or an image that cannot; files that were written before are whole.
     """
     if task not in NAMES:
         raise unknown("task", task, NAMES)
-    if task == "ade20k" and len(classes) > 255:
-        raise InputError(f"there are {len(classes)} classes: the masks that are written have 8 bits, for at most 255.")
+    numbers = _numbers(task, len(classes), category_ids, ignore)
     paths, out = read_images(paths), Path(out)
     for path in paths:  # better now than after an hour
         with _opened(path):
             pass
     _prepare(out, paths, overwrite)
-    numbers = np.arange(len(classes)) + 1 if category_ids is None else np.array(category_ids)
-    if task == "ade20k":
-        numbers = np.arange(len(classes))
-        numbers += numbers >= ignore
     results, lines = [], {name: [] for name in classes}
     was_training = model.training
     model.to(device).eval()
@@ -138,7 +133,9 @@ def read_images(paths: Sequence[Path | str]) -> list[Path]:
         for file in inside:
             name = _image_id(file.stem.casefold())  # some file systems do not tell cases apart
             if not file.samefile(first := files.setdefault(name, file)):
-                raise InputError(f"'{first}' and '{file}' have the same name: rename one, or predict on them one by one.")
+                raise InputError(
+                    f"'{first}' and '{file}' have the same name: rename one, or predict on them one by one."
+                )
     if not files:
         raise InputError("there are no images: give some, or folders of images.")
     return list(files.values())
@@ -215,6 +212,17 @@ def _png(image: Image.Image) -> bytes:
     return file.getvalue()
 
 
+def _numbers(task: str, count: int, category_ids: Sequence[int] | None, ignore: int) -> np.ndarray:
+    """What the files call the classes, (K,)."""
+    if task != "ade20k":
+        return np.arange(count) + 1 if category_ids is None else np.array(category_ids)
+    numbers = np.arange(count)
+    numbers += numbers >= ignore
+    if numbers[-1] >= VOID:
+        raise InputError(f"{count} classes with ignore {ignore} do not fit into a mask of 8 bits: have fewer classes.")
+    return numbers
+
+
 def _index_image(mask: Tensor, numbers: np.ndarray) -> Image.Image:
     """A label map (H, W) in the dataset's numbers, with the pictures' colours as its palette."""
     image = Image.fromarray(numbers.astype(np.uint8)[mask.numpy()])
@@ -226,11 +234,9 @@ def _index_image(mask: Tensor, numbers: np.ndarray) -> Image.Image:
 
 def _coco_results(stem: str, prediction: dict, numbers: np.ndarray) -> list[dict]:
     """One image's objects in COCO's results format: boxes as ``x, y, width, height``, masks as run lengths."""
-    boxes = prediction["boxes"].double()
-    boxes[:, 2:] -= boxes[:, :2]
     columns = {
         "category_id": numbers[prediction["labels"].numpy() - 1].tolist(),
-        "bbox": boxes.tolist(),
+        "bbox": box_convert(prediction["boxes"].double(), "xyxy", "xywh").tolist(),
         "score": prediction["scores"].tolist(),
     }
     if "masks" in prediction:
@@ -267,13 +273,16 @@ def picture(image: Tensor, prediction: dict, classes: Sequence[str], threshold: 
 
 def _draw_objects(canvas: Image.Image, objects: dict, classes: Sequence[str], scale: float) -> Image.Image:
     """Objects of rising score: masks, then boxes, then names, so that a better one's lies above a worse one's."""
-    draw, line = ImageDraw.Draw(canvas), _line(canvas)
+    draw, line = ImageDraw.Draw(canvas), round(max(canvas.size) / 250)
     colours = [tuple(colour) for colour in palette(len(classes))[objects["labels"] - 1].tolist()]
     for mask, colour in zip(objects.get("masks", ()), colours, strict=False):
-        soft = np.asarray(Image.fromarray(255 * mask.astype(np.uint8)).resize(canvas.size, Image.Resampling.BICUBIC))
-        canvas.paste(colour, mask=Image.fromarray(np.where(soft > 127, 255 * MASK, 0).astype(np.uint8)))
+        cover = Image.fromarray(mask).convert("L").resize(canvas.size, Image.Resampling.BICUBIC)
+        if (box := cover.getbbox()) is None:
+            continue
+        soft = np.asarray(cover.crop(box))
+        canvas.paste(colour, box, Image.fromarray(np.where(soft > 127, 255 * MASK, 0).astype(np.uint8)))
         for points in contour_generator(z=np.pad(soft, 1)).lines(127.5):
-            draw.line((points - 1).ravel().tolist(), colour, line, joint="curve")
+            draw.line((points + box[:2] - 1).ravel().tolist(), colour, line - 1, joint="curve")
     edge = np.array(canvas.size)
     # Half-open and continuous to the first and last pixel that belong to the box.
     starts = (scale * objects["boxes"][:, :2]).round().clip(0, edge - 1)
@@ -281,10 +290,10 @@ def _draw_objects(canvas: Image.Image, objects: dict, classes: Sequence[str], sc
     boxes = np.hstack([starts, ends]).astype(int).tolist()
     for box, colour in zip(boxes, colours, strict=True):
         draw.rectangle(box, outline=colour, width=1 if "masks" in objects else line)
-    names = [f"{classes[n - 1]} {score:.2f}" for n, score in zip(objects["labels"], objects["scores"], strict=True)]
-    font = _font(canvas)
-    tags = []  # of falling score: the best name has the first choice
-    for box, name in zip(reversed(boxes), reversed(names), strict=True):
+    names = [_short(classes[label - 1]) for label in objects["labels"]]
+    names = [f"{name} {score:.2f}" for name, score in zip(names, objects["scores"], strict=True)]
+    font, tags = _font(canvas), []
+    for box, name in zip(reversed(boxes), reversed(names), strict=True):  # the best one has the first choice
         tags.append(_place(box, name, font, canvas.size, tags))
     for tag, colour, name in zip(reversed(tags), colours, names, strict=True):
         draw.rectangle(tag, colour)
@@ -298,14 +307,9 @@ def _place(box: list[int], name: str, font: ImageFont.FreeTypeFont, size: tuple[
     x1, y1, x2, y2 = box
     left, right = x1, x2 + 1 - width
     places = [(left, y1 - height), (left, y1), (left, y2 + 1), (right, y1 - height), (right, y2 + 1), (right, y1)]
-    best, least = None, None
-    for x, y in places:
-        x, y = (int(np.clip(at, 0, max(0, room - side))) for at, room, side in zip((x, y), size, (width, height)))
-        place = [x, y, x + width - 1, y + height - 1]
-        hidden = sum(_overlap(place, other) for other in taken)
-        if best is None or hidden < least:
-            best, least = place, hidden
-    return best
+    corners = np.clip(places, 0, np.maximum(0, np.array(size) - (width, height)))
+    tags = [[int(x), int(y), int(x) + width - 1, int(y) + height - 1] for x, y in corners]
+    return min(tags, key=lambda tag: sum(_overlap(tag, other) for other in taken))
 
 
 def _overlap(a: list[int], b: list[int]) -> int:
@@ -319,27 +323,26 @@ def _draw_regions(canvas: Image.Image, mask: np.ndarray, classes: Sequence[str])
     mask = np.asarray(Image.fromarray(mask.astype(np.uint8)).resize(canvas.size, Image.Resampling.NEAREST))
     canvas = Image.blend(canvas, Image.fromarray(colours[mask]), REGION)
     areas = np.bincount(mask.ravel(), minlength=len(classes))
-    font = _font(canvas)
-    row, gap, x, y = round(1.6 * font.size), font.size, font.size // 2, 0
-    places = []
+    font, names = _font(canvas), [_short(name) for name in classes]
+    row, gap, left, right = round(1.6 * font.size), font.size, font.size // 2, canvas.width
+    x, y, places = left, 0, []
     for label in sorted(np.flatnonzero(areas), key=lambda label: -areas[label]):
-        width = row + round(font.getlength(classes[label])) + gap
-        if x + width - gap > canvas.width and places:
-            x, y = font.size // 2, y + row
-        places.append((label, x, y))
-        x += width
-    whole = Image.new("RGB", (canvas.width, canvas.height + y + row + gap), "white")
+        end = x + row + round(font.getlength(names[label]))
+        if end > canvas.width and x > left:
+            x, y, end = left, y + row, end - x + left
+        places.append((label, x, canvas.height + gap // 2 + y))
+        x, right = end + gap, max(right, end)
+    whole = Image.new("RGB", (right, canvas.height + y + row + gap), "white")
     whole.paste(canvas)
     draw = ImageDraw.Draw(whole)
     for label, x, y in places:
-        top = canvas.height + gap // 2 + y
-        draw.rectangle((x, top + row // 6, x + 2 * row // 3, top + 5 * row // 6), tuple(colours[label].tolist()))
-        draw.text((x + row, top + row / 2), classes[label], "black", font, "lm")
+        draw.rectangle((x, y + row // 6, x + 2 * row // 3, y + 5 * row // 6), tuple(colours[label].tolist()))
+        draw.text((x + row, y + row / 2), names[label], "black", font, "lm")
     return whole
 
 
-def _line(canvas: Image.Image) -> int:
-    return round(max(canvas.size) / 250)
+def _short(name: str) -> str:
+    return name if len(name) <= 28 else f"{name[:27]}…"
 
 
 def _font(canvas: Image.Image) -> ImageFont.FreeTypeFont:
@@ -360,15 +363,15 @@ def palette(number: int) -> np.ndarray:
     However many they are, they begin with the same ones: ten chosen by eye, then each the one that is furthest from
     all before it, in Oklab, where distances are nearly those that people see.
     """
-    chosen = [ImageColor.getrgb(colour) for colour in FIRST]
+    colours = [ImageColor.getrgb(colour) for colour in FIRST]
     shades = np.array(list(itertools.product(range(0, 256, 17), repeat=3)))
     lightness, a, b = _oklab(shades).T
-    shades = shades[(lightness > 0.55) & (lightness < 0.85) & (np.hypot(a, b) > 0.07) & (np.hypot(a, b) < 0.21)]
-    distance = np.linalg.norm(_oklab(shades)[:, None] - _oklab(np.array(chosen)), axis=2).min(axis=1)
-    while len(chosen) < number:
-        chosen.append(tuple(shades[distance.argmax()].tolist()))
-        distance = np.minimum(distance, np.linalg.norm(_oklab(shades) - _oklab(np.array(chosen[-1])), axis=1))
-    return np.array(chosen[:number], np.uint8)
+    shades = shades[(abs(lightness - 0.7) < 0.15) & (abs(np.hypot(a, b) - 0.14) < 0.07)]  # no black, white, grey, neon
+    distance = np.linalg.norm(_oklab(shades)[:, None] - _oklab(np.array(colours)), axis=2).min(axis=1)
+    while len(colours) < number:
+        colours.append(shades[distance.argmax()])
+        distance = np.minimum(distance, np.linalg.norm(_oklab(shades) - _oklab(colours[-1]), axis=1))
+    return np.array(colours[:number], np.uint8)
 
 
 def _oklab(rgb: np.ndarray) -> np.ndarray:

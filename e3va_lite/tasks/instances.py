@@ -38,7 +38,7 @@ STAGES = (  # least overlap of a positive box, weight of the losses, weights of 
     (0.7, 0.25, (30.0, 30.0, 15.0, 15.0)),
 )
 BOX_WEIGHT = 10.0  # of GIoU beside cross-entropy
-SAMPLES, POSITIVE = 512, 0.25  # boxes per image and stage in training, and the share that objects may have of them
+POSITIVE = 0.25  # share of the sampled boxes that may have an object
 BOX_CELLS, MASK_CELLS, MASK_SIDE = 7, 14, 28  # side of what the heads see of the maps, and of a mask
 LEAST_SCORE, OVERLAP, MOST = 0.05, 0.5, 100  # of detections
 
@@ -53,6 +53,7 @@ def build_cascade_mask_rcnn(
     fpn_channels: int = 256,
     anchor_base: float = 8.0,
     head_channels: int = 1024,
+    samples: int = 512,
 ) -> nn.Module:
     """A Cascade Mask R-CNN that uses every map of the backbone, and for proposals one more of twice the last stride.
 
@@ -83,6 +84,8 @@ def build_cascade_mask_rcnn(
         fpn_channels: Width of the feature pyramid and of the convolutions of all heads; 256 in the paper's setting.
         anchor_base: Side of a level's square anchor, in strides of that level. Lower it for small objects.
         head_channels: Width of the layer behind a box head's convolutions; 1024 in the paper's setting.
+        samples: Boxes per image on which a stage trains, at most; 512 in the paper's setting. The time of a step on
+            small images is all but proportional to it.
 
     Raises:
         InputError: For a number of classes, size, width or base that cannot work, or a backbone without the two lists;
@@ -98,10 +101,12 @@ def build_cascade_mask_rcnn(
         raise InputError(f"anchor_base is {anchor_base}; below 1 there are gaps between anchors: use finer strides.")
     if head_channels < 1:
         raise InputError(f"head_channels is {head_channels}; the box heads need at least one.")
+    if samples < 4:
+        raise InputError(f"samples is {samples}; only a quarter may be objects: training needs at least four.")
     return _CascadeMaskRCNN(
         _Pyramid(backbone, fpn_channels, LastLevelMaxPool()),
         _Proposals(_Anchors([*strides, 2 * strides[-1]], anchor_base, per_octave=1), fpn_channels),
-        _Cascade(strides, fpn_channels, head_channels, num_classes),
+        _Cascade(strides, fpn_channels, head_channels, num_classes, samples),
         _Transform(min_sizes, min_size, max_size),
     )
 
@@ -239,9 +244,9 @@ class _Matcher(Matcher):
 class _Cascade(nn.Module):
     """From proposals to detections in three stages; images' boxes are lists of (R, 4) throughout."""
 
-    def __init__(self, strides: list[int], channels: int, head_channels: int, num_classes: int):
+    def __init__(self, strides: list[int], channels: int, head_channels: int, num_classes: int, samples: int):
         super().__init__()
-        self.strides = strides
+        self.strides, self.sampler = strides, BalancedPositiveNegativeSampler(samples, POSITIVE)
         self.stages = nn.ModuleList(_Stage(*stage, channels, head_channels, num_classes) for stage in STAGES)
 
     def forward(
@@ -264,8 +269,8 @@ class _Cascade(nn.Module):
         """The weighted losses of all stages; each stage trains on the boxes of the one before."""
         losses = {}
         for n, stage in enumerate(self.stages, start=1):
-            samples = [_sample(b, target, stage.least) for b, target in zip(boxes, targets, strict=True)]
-            boxes, labels, truth, shapes, new = zip(*samples, strict=True)
+            drawn = [_sample(b, target, stage.least, self.sampler) for b, target in zip(boxes, targets, strict=True)]
+            boxes, labels, truth, shapes, new = zip(*drawn, strict=True)
             scores, offsets = stage.classify(pool(maps, self.strides, boxes, BOX_CELLS))
             refined = stage.coder.decode_single(offsets, torch.cat(boxes))
             positive = [b[label > 0] for b, label in zip(boxes, labels, strict=True)]
@@ -273,7 +278,7 @@ class _Cascade(nn.Module):
 
             label, truth, shapes = torch.cat(labels), torch.cat(truth), torch.cat(shapes)
             found = label > 0
-            logits = logits[torch.arange(len(logits)), label[found] - 1]
+            logits = logits[torch.arange(len(logits), device=label.device), label[found] - 1]
             # The sums are divided by what all processes have together, and none of them may be missing where a batch
             # has no objects: processes that draw such a batch stay in step with the others.
             boxes_in_all, found_in_all = (mean_count(len(x), x.device) for x in (scores, logits))
@@ -303,7 +308,9 @@ class _Cascade(nn.Module):
         labels = torch.cat([found["labels"] for found in results])
         cells = pool(maps, self.strides, [found["boxes"] for found in results], MASK_CELLS)
         masks = sum(stage.mask(cells).sigmoid() for stage in self.stages) / len(self.stages)
-        masks = masks[torch.arange(len(labels)), labels - 1].split([len(found["boxes"]) for found in results])
+        masks = masks[torch.arange(len(labels), device=labels.device), labels - 1].split(
+            [len(found["boxes"]) for found in results]
+        )
         return [{**found, "masks": mask} for found, mask in zip(results, masks, strict=True)]
 
 
@@ -365,7 +372,9 @@ def pool(maps: list[Tensor], strides: list[int], boxes: list[Tensor], cells: int
     return result
 
 
-def _sample(boxes: Tensor, target: dict, least: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _sample(
+    boxes: Tensor, target: dict, least: float, sampler: BalancedPositiveNegativeSampler
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Draw the boxes of one image that a stage trains on, the objects' own boxes among them.
 
     Returns:
@@ -379,7 +388,7 @@ def _sample(boxes: Tensor, target: dict, least: float) -> tuple[Tensor, Tensor, 
     if len(true):
         overlap, objects = box_iou(true, boxes).max(dim=0)
         labels = torch.where(overlap >= least, target["labels"][objects], 0)
-    (positive,), (negative,) = BalancedPositiveNegativeSampler(SAMPLES, POSITIVE)([labels])
+    (positive,), (negative,) = sampler([labels])
     drawn = (positive | negative).nonzero()[:, 0]
     boxes, labels, objects = boxes[drawn], labels[drawn], objects[drawn]
     rois = torch.cat([objects[:, None].to(boxes), boxes], dim=1)[labels > 0]

@@ -1,13 +1,16 @@
 """RetinaNet on Pascal VOC: the paper's Table 1, detection half."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ..datasets.voc import VOCDetection
+from ..datasets.problems import Problem
+from ..datasets.voc import VOCDetection, class_names, find_problems
+from ..errors import InputError
 from ..metrics import average_precision
 from ..recipe import VOCRecipe
 from .detection import build_retinanet
@@ -15,19 +18,36 @@ from .detection import build_retinanet
 METRIC = "ap50_11_point"
 
 
+def dataset(
+    recipe: VOCRecipe,
+    root: Path,
+    split: str,
+    classes: Sequence[str] | None = None,
+    train: bool = False,
+    strict: bool = False,
+) -> Dataset:
+    """A split; with ``train``, half of the images are mirrored and ``difficult`` objects are left out."""
+    data = VOCDetection(root, split, classes, strict)
+    return _Training(data) if train else data
+
+
 class _Training(Dataset):
-    def __init__(self, dataset):
+    def __init__(self, dataset: VOCDetection) -> None:
         self.dataset, self.classes = dataset, dataset.classes
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> tuple[Tensor, dict]:
         image, target = self.dataset[index]
-        target["file"] = str(self.dataset.images[index])
-        keep = ~target["difficult"]
-        target = {**target, **{key: target[key][keep] for key in ("boxes", "labels", "difficult")}}
+        target = _clear(target)
         return mirror(image, target) if torch.rand(()) < 0.5 else (image, target)
+
+
+def _clear(target: dict) -> dict:
+    """Without the ``difficult`` objects: the metric does not ask for them, and training does not teach them."""
+    keep = ~target["difficult"]
+    return {**target, **{key: target[key][keep] for key in ("boxes", "labels", "difficult")}}
 
 
 def mirror(image: Tensor, target: dict) -> tuple[Tensor, dict]:
@@ -40,28 +60,49 @@ def mirror(image: Tensor, target: dict) -> tuple[Tensor, dict]:
     }
 
 
-def dataset(recipe: VOCRecipe, root: Path, split: str, classes=None, train=False, strict=False):
-    data = VOCDetection(root, split, classes, strict)
-    return _Training(data) if train else data
+def model(recipe: VOCRecipe, backbone: nn.Module, num_classes: int) -> nn.Module:
+    """The recipe's detector on a backbone."""
+    return build_retinanet(
+        backbone,
+        num_classes,
+        min_size=recipe.min_size,
+        max_size=recipe.max_size,
+        fpn_channels=recipe.fpn_channels,
+        anchor_base=recipe.anchor_base,
+    )
 
 
-def model(recipe, backbone, num_classes):
-    return build_retinanet(backbone, num_classes, min_size=recipe.min_size, max_size=recipe.max_size,
-        fpn_channels=recipe.fpn_channels, anchor_base=recipe.anchor_base)
+def record(prediction: dict, target: dict) -> tuple[dict, dict]:
+    """One image's detections and truth, as :func:`e3va_lite.metrics.average_precision` wants them."""
+    detections = {key: prediction[key].cpu() for key in ("boxes", "scores", "labels")}
+    return detections, {key: target[key] for key in ("boxes", "labels", "difficult")}
 
 
-def record(prediction, target):
-    return prediction, target
+def summary(records: list[tuple[dict, dict]], dataset: VOCDetection) -> dict:
+    """AP at IoU .5 over eleven and over all points; None for a class that the split does not show."""
+    ap = average_precision([p for p, _ in records], [t for _, t in records], len(dataset.classes))
 
+    def by_class(values) -> dict:
+        return {name: _plain(value) for name, value in zip(dataset.classes, values, strict=True)}
 
-def summary(records, dataset):
-    predictions, targets = zip(*records, strict=True)
-    ap = average_precision(predictions, targets, len(dataset.classes))
-    def plain(values) -> dict:
-        return {name: None if math.isnan(x) else round(float(x), 4) for name, x in zip(dataset.classes, values, strict=True)}
     return {
-        "ap50_11_point": round(ap.mean_eleven_point, 4),
-        "ap50_all_point": round(ap.mean_all_point, 4),
-        "by_class_11_point": plain(ap.eleven_point),
-        "by_class_all_point": plain(ap.all_point),
+        "ap50_11_point": _plain(ap.mean_eleven_point),
+        "ap50_all_point": _plain(ap.mean_all_point),
+        "by_class_11_point": by_class(ap.eleven_point),
+        "by_class_all_point": by_class(ap.all_point),
     }
+
+
+def _plain(value: float) -> float | None:
+    return None if math.isnan(value) else round(float(value), 4)
+
+
+def check(recipe: VOCRecipe, root: Path, split: str) -> list[Problem]:
+    """Everything that is wrong with the files of a split; its classes have to be those of the training split."""
+    classes = recipe.classes
+    if classes is None and split != recipe.train_split:
+        try:
+            classes = class_names(root, recipe.train_split)
+        except InputError:  # the training split's own check says what is wrong there
+            classes = None
+    return find_problems(root, split, classes)

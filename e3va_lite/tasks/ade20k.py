@@ -1,0 +1,101 @@
+"""UPerNet on ADE20K: the paper's Table 1, segmentation half; and on any folder of images and index masks."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..datasets.masks import VOID, BadMask, MaskFolder, class_names, find_files, label_table, possible_sizes, read_mask
+from ..datasets.problems import Problem, image_problems
+from ..mmseg import import_mmseg
+from ..recipe import ADE20KRecipe
+from .segmentation import build_upernet
+
+METRIC = "miou"
+metric = import_mmseg().evaluation.IoUMetric
+
+
+def dataset(
+    recipe: ADE20KRecipe,
+    root: Path,
+    split: str,
+    classes: Sequence[str] | None = None,
+    train: bool = False,
+    strict: bool = False,
+) -> MaskFolder:
+    """Images and label maps, see :class:`e3va_lite.datasets.masks.MaskFolder`."""
+    return MaskFolder(root, split, recipe, recipe.classes if classes is None else classes, train, strict)
+
+
+def model(recipe: ADE20KRecipe, backbone: nn.Module, num_classes: int) -> nn.Module:
+    """See :func:`e3va_lite.tasks.segmentation.build_upernet`."""
+    return build_upernet(backbone, num_classes, head_channels=recipe.head_channels, scale=tuple(recipe.scale))
+
+
+def record(prediction: dict, target: dict) -> Tensor:
+    """Pixels per label: in both, in one or the other, predicted, annotated; (4, 256), where nothing is void.
+
+    A label has eight bits, and so the number of classes need not be known here. mmsegmentation counts in float32, which
+    is exact to 16 million pixels of a class in an image; over all images it takes more.
+    """
+    areas = metric.intersect_and_union(prediction["mask"], target["mask"], 256, VOID)
+    return torch.stack(areas).double()
+
+
+def summary(records: list[Tensor], dataset: MaskFolder) -> dict:
+    """mmsegmentation's metrics as fractions, not percent.
+
+    Returns:
+        ``miou``: the mean of the classes' intersection over union; ``accuracy``: the share of pixels that are right;
+        ``mean_accuracy``: the mean of the classes' shares; ``by_class``: the classes' intersection over union. A class
+        that is neither annotated nor predicted has None and counts in no mean. Means of nothing are 0.
+    """
+    areas = torch.stack(records).sum(0)[:, : len(dataset.classes)]
+    values = metric.total_area_to_metrics(*areas)
+
+    def mean(numbers: np.ndarray) -> float:
+        known = np.atleast_1d(numbers)[~np.isnan(np.atleast_1d(numbers))]
+        return round(float(known.mean()), 4) if len(known) else 0.0
+
+    return {
+        "miou": mean(values["IoU"]),
+        "accuracy": mean(values["aAcc"]),
+        "mean_accuracy": mean(values["Acc"]),
+        "by_class": {
+            name: None if np.isnan(iou) else round(float(iou), 4)
+            for name, iou in zip(dataset.classes, values["IoU"], strict=True)
+        },
+    }
+
+
+def check(recipe: ADE20KRecipe, root: Path, split: str) -> list[Problem]:
+    """Everything that is wrong with the files of a split; masks are read by the function that training reads them with.
+
+    Raises:
+        InputError: If there is no such split, or nothing in it.
+    """
+    pairs, orphans = find_files(Path(root), split, recipe)
+    table = label_table(recipe.classes or class_names(Path(root)), recipe.ignore)
+    problems = [Problem("masks without an image", str(path), False) for path in orphans]
+    for _, image, mask in tqdm(pairs, f"check {split}", unit="image", delay=3):
+        found = image_problems(image)
+        problems += found
+        if not mask.is_file():
+            problems.append(Problem("images without a mask", f"{image} (no {mask})", True))
+            continue
+        sizes = None
+        if not any(problem.fatal for problem in found):
+            with Image.open(image) as opened:
+                sizes = possible_sizes(opened)
+        try:
+            labels = read_mask(mask, sizes, table)
+        except BadMask as error:
+            problems.append(error.problem)
+        else:
+            if (labels == VOID).all():
+                problems.append(Problem("masks of nothing but void", str(mask), False))
+    return problems
