@@ -58,7 +58,7 @@ def build_upernet(
         "align_corners": False,
     }
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"mmseg\.")  # of its own old ways, and that the mean is over all pixels
+        warnings.filterwarnings("ignore", module=r"mmseg\.")  # that it is old itself, and of what the mean is
         model = _UPerNet(
             scale,
             backbone={"type": lambda: Body(backbone)},  # a registry takes a function, and so what exists already
