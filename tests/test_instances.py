@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.ops import box_iou, roi_align
 
 import e3va_lite
@@ -285,14 +286,17 @@ def test_pasting_by_hand():
 
 
 def test_a_small_mask_survives_cutting_out_and_pasting():
-    """28 x 28 values are enough for any small object, unless places are rounded on the way: then it is a tenth."""
+    """28 x 28 values are enough for any small object, unless places are rounded on the way, as torchvision does."""
     y, x = torch.meshgrid(torch.arange(64) + 0.5, torch.arange(64) + 0.5, indexing="ij")
     disc = ((x - 20) ** 2 + (y - 30) ** 2 < 9**2) & (x + y > 45)
-    for box in ([11.0, 21, 29, 39], [9.3, 20.6, 31.2, 40.9]):
-        roi = torch.tensor([[0.0, *box]])
-        seen = roi_align(disc[None, None].float(), roi, 28, sampling_ratio=0, aligned=True)[:, 0]
-        (pasted,) = paste((seen >= 0.5).float(), roi[:, 1:], (64, 64))
-        assert (pasted & disc).sum() / (pasted | disc).sum() > 0.96
+    roi = torch.tensor([[0.0, 10.5, 20.5, 29.5, 39.5]])
+    seen = roi_align(disc[None, None].float(), roi, 28, sampling_ratio=0, aligned=True)[:, 0]
+
+    def overlap(pasted):
+        return (pasted & disc).sum() / (pasted | disc).sum()
+
+    assert overlap(paste((seen >= 0.5).float(), roi[:, 1:], (64, 64))[0]) > 0.97
+    assert overlap(paste_masks_in_image((seen >= 0.5).float()[:, None], roi[:, 1:], (64, 64))[0, 0] >= 0.5) < 0.93
 
 
 # Images in, instances out --------------------------------------------------------------------------------------------
@@ -483,14 +487,19 @@ def test_mixed_precision_keeps_losses_and_coordinates_exact():
         sum(losses.values()).backward()
         with torch.no_grad():
             (found,) = model.eval().roi_heads.detections(maps_of(model, images), [box], [(96, 1000)])
-            masks = paste(found["masks"].sigmoid().round(), found["boxes"], (96, 1000))
+            batch, _ = model.transform(images)
+            proposals, _ = model.rpn(batch, model.backbone(batch.tensors))
+            mask = torch.rand(1, 28, 28)
+            pasted = paste(mask, box, (96, 1000))
     assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in losses.values())
     assert all(p.grad.isfinite().all() for p in model.parameters())
     width = 101.4
     moved = width / 10 + width / 20 + width / 30  # bfloat16 has steps of 4 pixels here
     expected = torch.tensor([[800.3 + moved, 10, 901.7 + moved, 80]])
     torch.testing.assert_close(found["boxes"], expected, atol=1e-3, rtol=0)
-    assert torch.equal(masks, paste(found["masks"].sigmoid().round(), found["boxes"], (96, 1000)))
+    assert proposals[0].dtype == torch.float32
+    assert (proposals[0] != proposals[0].bfloat16()).any(dim=1).float().mean() > 0.5
+    assert torch.equal(pasted, paste(mask, box, (96, 1000)))
 
 
 def test_double_precision_stays_double():
