@@ -72,9 +72,10 @@ def loader(dataset: Dataset, batches: Sampler, seed: int, workers: int) -> Itera
     Raises:
         InputError: For an image or annotation that cannot be used.
     """
-    items = _Items(dataset, seed)
     own = torch.Generator()  # what the loader draws for its workers is drawn from nobody else's numbers
-    for items in DataLoader(items, batch_sampler=batches, num_workers=workers, collate_fn=list, generator=own):
+    for items in DataLoader(
+        _Items(dataset, seed), batch_sampler=batches, num_workers=workers, collate_fn=list, generator=own
+    ):
         for item in items:
             if isinstance(item, InputError):
                 raise item

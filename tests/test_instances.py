@@ -443,12 +443,12 @@ def test_neither_the_order_of_objects_nor_that_of_classes_matters():
 
 
 def test_one_image_is_learnt():
-    model = tiny(num_classes=3, size=64, fpn_channels=32).train()
+    model = tiny(num_classes=3, samples=32).train()
     image = torch.full((3, 64, 64), 0.5)
     image[:, 6:34, 4:36], image[0, 30:58, 34:62] = 0.0, 1.0
     truth = target((4, 6, 36, 34), (34, 30, 62, 58), labels=[3, 1])
     image[:, 6:20, 4:20], truth["masks"][0, 6:20, 4:20] = 0.5, 0  # of the first object a corner is missing
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
     history = []
     for _ in range(80):
         optimizer.zero_grad()
@@ -463,9 +463,9 @@ def test_one_image_is_learnt():
     for n, label in enumerate([3, 1]):
         best = (found["labels"] == label).nonzero()[0, 0]  # results come best score first
         assert found["scores"][best] > 0.5
-        assert box_iou(found["boxes"][best : best + 1], truth["boxes"][n : n + 1]) > 0.8
+        assert box_iou(found["boxes"][best : best + 1], truth["boxes"][n : n + 1]) > 0.7
         mask, true = found["masks"][best], truth["masks"][n].bool()
-        assert (mask & true).sum() / (mask | true).sum() > 0.8
+        assert (mask & true).sum() / (mask | true).sum() > 0.7
     assert truth["labels"].tolist() == [3, 1]  # the caller's targets stay as they were
 
 

@@ -43,7 +43,7 @@ def build_upernet(
         scale: Long and short side in pixels that an image is fitted into when predicting, keeping its ratio.
 
     Raises:
-        InputError: For a number or size that cannot work; in train mode, for a single image per process (see below).
+        InputError: For a number or size that cannot work.
     """
     if num_classes < 2:
         raise InputError(f"num_classes is {num_classes}: to tell classes apart takes two at least.")
@@ -97,9 +97,10 @@ class _UPerNet(mmseg.models.segmentors.EncoderDecoder):
     def forward(self, images: list[Tensor], targets: list[dict] | None = None) -> dict[str, Tensor] | list[dict]:
         if not self.training:
             return [{"mask": self._labels(image)} for image in images]
-        if len(images) == 1 and any(isinstance(module, nn.BatchNorm2d) for module in self.decode_head.modules()):
-            # The map that is pooled to a single place has one value per channel then, and no variance.
-            raise InputError("UPerNet cannot train on batches of one image per process: choose batch=2 or more.")
+        # The map that is pooled to a single place has one value per channel and image. A single image's have no
+        # variance: its norm takes the running statistics then.
+        if len(images) == 1:
+            self.decode_head.psp_modules[0].eval()
         height, width = (max(sides) for sides in zip(*(image.shape[-2:] for image in images), strict=True))
         batch = torch.stack([_padded(_normalised(image), height, width) for image in images])
         labels = torch.stack([_padded(target["mask"], height, width, VOID) for target in targets])
