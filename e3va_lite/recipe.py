@@ -78,6 +78,7 @@ class COCORecipe(Recipe):
     fpn_channels: int = 256
     anchor_base: float = 8.0  # side of a level's anchor, in strides
     head_channels: int = 1024  # width of the box heads' fully connected layer
+    samples: int = 512  # boxes per image on which a stage trains
     min_sizes: list[int] = field(default_factory=lambda: list(range(480, 801, 32)))  # short side when training
     min_size: int = 800  # short side when evaluating
     max_size: int = 1333

@@ -49,6 +49,7 @@ def model(recipe: COCORecipe, backbone: nn.Module, num_classes: int) -> nn.Modul
         fpn_channels=recipe.fpn_channels,
         anchor_base=recipe.anchor_base,
         head_channels=recipe.head_channels,
+        samples=recipe.samples,
     )
 
 
