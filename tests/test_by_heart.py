@@ -17,7 +17,7 @@ TASKS = {
     "voc": ("shapes", {"steps": 300, "batch": 5}, True, {"ap50_11_point": 0.9, "ap50_all_point": 0.9}),
     "coco": (
         "coco-nano",
-        {"steps": 200, "batch": 2, "lr": 2e-3, "clip": None, "min_sizes": [224], "min_size": 224, "max_size": 224},
+        {"steps": 300, "batch": 2, "lr": 2e-3, "clip": None, "min_sizes": [224], "min_size": 224, "max_size": 224},
         True,
         {"box_ap50": 0.9, "mask_ap50": 0.8},
     ),

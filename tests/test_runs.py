@@ -141,7 +141,7 @@ def test_twenty_kills(task, tmp_path):
     else:
         changes |= {"min_size": 64, "max_size": 64, "fpn_channels": 16, "train_split": "train"}
     if task == "coco":
-        changes |= {"min_sizes": [64], "head_channels": 32, "train_split": "train2017"}
+        changes |= {"min_sizes": [64], "head_channels": 32, "samples": 16, "train_split": "train2017"}
     if task == "voc":
         changes |= {"eval_split": "val"}
     recipe = load_recipe(recipe, changes)
