@@ -41,3 +41,12 @@ def results(request):
             path.write_text(json.dumps({**held, key: value}, indent=2) + "\n")
 
     return keep
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Sums are split up by threads: what is to be equal bit for bit in two processes needs as many in both."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

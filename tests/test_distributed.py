@@ -19,6 +19,7 @@ from e3va_lite.recipe import load_recipe
 from e3va_lite.tasks import task_module
 
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("one_thread")
 SPAWN = multiprocessing.get_context("forkserver")
 SPAWN.set_forkserver_preload(["e3va_lite.runs", "e3va_lite.tasks.voc", "torch.utils.tensorboard"])
 COMMON = {"batch": 1, "steps": 4, "clip": None, "workers": 0}
@@ -73,7 +74,8 @@ def prepared(task, root, batch):
     name, changes = RECIPES[task]
     recipe = load_recipe(name, {**COMMON, **changes, "batch": batch})
     data = task_module(task).dataset(recipe, root, recipe.train_split, recipe.classes, train=True)
-    training = Training(build_model(recipe, len(data.classes)), data, recipe, CPU)
+    # In double precision, so that what differs is not the order of a sum.
+    training = Training(build_model(recipe, len(data.classes)).double(), data, recipe, CPU)
     for module in training.model.modules():
         if isinstance(module, nn.BatchNorm2d | nn.Dropout | nn.Dropout2d):
             module.eval()
@@ -94,7 +96,8 @@ def one_step(task, root, batch, folder):
             return torch.distributed.all_reduce(flat, async_op=True).get_future().then(lambda f: f.value()[0])
 
         training.parallel.register_comm_hook(None, hook)
-    training.backward([next(training.batches())])
+    images, targets = next(training.batches())
+    training.backward([([image.double() for image in images], targets)])
     names = {id(p): name for name, p in training.model.named_parameters()}
     torch.save(
         {
@@ -131,7 +134,8 @@ def differing(root):
         tensor.data += rank
     before = [tensor.clone() for tensor in frozen]
     training = Training(model, training.dataset, training.recipe, CPU)
-    batch = next(training.batches())
+    images, targets = next(training.batches())
+    batch = [image.double() for image in images], targets
     training.backward([batch])
     training.update([batch])
     assert model.mark == rank and all(torch.equal(a, b) for a, b in zip(frozen, before, strict=True))

@@ -21,6 +21,7 @@ from e3va_lite.export import export, load_adapters, load_exported
 from e3va_lite.recipe import load_recipe
 
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = {"min_size": 64, "max_size": 64, "fpn_channels": 16, "batch": 2, "steps": 8, "save_every": 1, "warmup": 2}
 SPAWN = multiprocessing.get_context("forkserver")  # its children find everything imported
 SPAWN.set_forkserver_preload(["e3va_lite.runs", "e3va_lite.tasks.voc", "torch.utils.tensorboard"])
@@ -38,7 +39,7 @@ def small(**changes):
 
 
 @pytest.fixture(scope="module")
-def whole(scenes, tmp_path_factory):
+def whole(one_thread, scenes, tmp_path_factory):
     """A run that nothing happened to."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
     runs.train(scenes, small(), folder, CPU)
