@@ -12,17 +12,18 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-import yaml
 from torch.utils.data import Dataset
 
-from .batches import to_device
+from .batches import Stream, loader, to_device
+from .costs import interleaved_seconds
 from .datasets.shapes import VERSION, write_scenes
-from .engine import Training, build_model, evaluate, fit, machine
-from .errors import InputError
-from .memory import interleaved_seconds, peak_bytes
+from .engine import build_model, evaluate, fit, machine
+from .methods import parse_method
 from .recipe import Recipe
-from .tables import text_table, trainable_parameters
+from .steps import Step
+from .tables import trainable_parameters
 from .tasks import voc
+from .text import text_table
 from .weights import fingerprint
 
 METHODS = ("fixed", "adapter", "e3va", "full")
@@ -127,38 +128,20 @@ def _read_lines(path: Path) -> list[dict]:
 
 
 def _with_method(recipe: Recipe, spec: str) -> Recipe:
-    method, _, options = spec.partition(":")
-    pairs = [pair.partition("=") for pair in options.split(",") if pair]
-    if not all(equals for _, equals, _ in pairs):
-        raise InputError(f"method '{spec}' is not understood: write METHOD or METHOD:option=value,option=value.")
-    return replace(recipe, method=method, options={key: yaml.safe_load(value) for key, _, value in pairs})
+    method, options = parse_method(spec)
+    return replace(recipe, method=method, options=options)
 
 
 def _cost(models: dict, recipes: dict, dataset: Dataset, device: torch.device) -> dict[str, dict]:
     """Peak bytes and seconds of one training step of each model, on the same batch."""
-    steps, cost = {}, {}
-    for spec, model in models.items():
-        still = replace(recipes[spec], lr=0.0, workers=0, accumulate=1)  # measured, not trained any further
-        training = Training(model, dataset, still, device)
-        images, targets = to_device(next(training.batches()), device)
-
-        def step(training=training, batch=(images, targets)) -> None:
-            training.backward([batch])
-            training.update([batch])
-
-        def known(training=training, batch=(images, targets)) -> list[torch.Tensor]:
-            state = [value for values in training.optimizer.state.values() for value in values.values()]
-            grads = [p.grad for p in training.model.parameters() if p.grad is not None]
-            inputs = [*batch[0], *(value for target in batch[1] for value in target.values())]
-            every = [*training.model.parameters(), *training.model.buffers(), *grads, *state, *inputs]
-            return [value for value in every if isinstance(value, torch.Tensor)]
-
-        cost[spec] = {"peak_bytes": peak_bytes(step, known, device)}
-        steps[spec] = step
-    seconds = interleaved_seconds(steps, ROUNDS, device)
-    for spec, values in seconds.items():
-        cost[spec]["step_seconds"] = round(float(statistics.median(values)), 4)
-        cost[spec]["step_seconds_by_round"] = [round(float(x), 4) for x in values]
+    recipe = next(iter(recipes.values()))
+    batches = loader(dataset, Stream(len(dataset), recipe.batch, 1, recipe.seed, 0), recipe.seed, workers=0)
+    images, targets = to_device(next(batches), device)
+    steps = {spec: Step(recipes[spec], model, images, targets) for spec, model in models.items()}
+    cost = {spec: {"peak_bytes": step.ledger().peak} for spec, step in steps.items()}
+    for spec, phases in interleaved_seconds(steps, ROUNDS, device).items():
+        cost[spec]["step_seconds"] = round(float(statistics.median(phases["step"])), 4)
+        cost[spec]["step_seconds_by_round"] = [round(float(x), 4) for x in phases["step"]]
     return cost
 
 

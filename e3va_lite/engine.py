@@ -37,8 +37,11 @@ def build_model(recipe: Recipe, num_classes: int) -> nn.Module:
     return task_module(recipe.task).model(recipe, backbone, num_classes)
 
 
-def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """AdamW on what is trainable; no decay on layer norms and relative-position tables, as is usual for Swin."""
+def build_optimizer(model: nn.Module, recipe: Recipe, foreach: bool | None = None) -> torch.optim.Optimizer:
+    """AdamW on what is trainable; no decay on layer norms and relative-position tables, as is usual for Swin.
+
+    ``foreach`` is torch's: all parameters at once; without, so on CUDA and one by one on a CPU.
+    """
     norms = {id(p) for m in model.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters(recurse=False)}
     groups: dict[bool, list[Tensor]] = {True: [], False: []}
     for name, p in model.named_parameters():
@@ -49,6 +52,7 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
         lr=recipe.lr,
         betas=tuple(recipe.betas),
         weight_decay=recipe.weight_decay,
+        foreach=foreach,
     )
 
 

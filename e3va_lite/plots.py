@@ -8,8 +8,14 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import seaborn as sns
 
+from .memory import CATEGORIES, PHASES
+
 COLOURS = {"full": "#8c8c8c", "fixed": "#b7c9e2", "adapter": "#e0a458"}  # all others: the highway's
 HIGHWAY = "#2a7f62"
+MIB = 2**20
+
+CATEGORY_COLOURS = dict(zip(CATEGORIES, ("#4c5b6b", "#c44e52", "#8172b3", "#e0a458", "#d9d9d9"), strict=True))
+TABLE_FIGURES = ("savings.png", "hours.png", "figure1.png")
 
 PANELS = (
     ("ap50", "AP at IoU .5", lambda row: row["ap50"], "{:.3f}", "higher is better"),
@@ -23,7 +29,7 @@ PANELS = (
     (
         "peak_bytes",
         "Peak memory of a training step",
-        lambda row: row["peak_bytes"] / 2**20,
+        lambda row: row["peak_bytes"] / MIB,
         "{:.0f} MiB",
         "lower is better",
     ),
@@ -31,11 +37,16 @@ PANELS = (
 )
 
 
+def colour(method: str) -> str:
+    """The method's colour in all figures."""
+    return COLOURS.get(method.split(":")[0], HIGHWAY)
+
+
 def compare_figure(result: dict, path: Path) -> None:
     """The table of ``e3va compare`` as bars: one panel per column, each bar with its value and its share of full."""
     rows = result["rows"]
     names = [row["method"] for row in rows]
-    colours = [COLOURS.get(name.split(":")[0], HIGHWAY) for name in names]
+    colours = [colour(name) for name in names]
     sns.set_theme(style="white", font_scale=0.9)
     figure, axes = plt.subplots(1, len(PANELS), figsize=(3.3 * len(PANELS), 0.55 * len(rows) + 1.7), sharey=True)
     for axis, (key, title, value, form, direction) in zip(axes, PANELS, strict=True):
@@ -61,3 +72,138 @@ def compare_figure(result: dict, path: Path) -> None:
     figure.tight_layout(rect=(0, 0.04, 1, 1))
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def memory_figure(table: dict, path: Path) -> None:
+    """What ``e3va memory`` prints: the categories at the peak, and the live bytes over the step."""
+    rows, settings = table["rows"], table["settings"]
+    names = [row["method"] for row in rows]
+    sns.set_theme(style="white", font_scale=0.9)
+    figure, (bars, curves) = plt.subplots(1, 2, figsize=(12, max(3.4, 0.45 * len(rows) + 1.8)), width_ratios=(1.15, 1))
+    start = [0.0] * len(rows)
+    for category in CATEGORIES:
+        values = [row[category] / MIB for row in rows]
+        bars.barh(names, values, left=start, color=CATEGORY_COLOURS[category], label=category)
+        start = [a + b for a, b in zip(start, values, strict=True)]
+    for y, row in enumerate(rows):
+        share = "" if row["share_of_full"] is None else f" ({100 * row['share_of_full']:.0f} %)"
+        bars.text(start[y] + 0.01 * max(start), y, f"{start[y]:.0f}{share}", va="center", fontsize=9)
+    bars.set_xlim(0, 1.25 * max(start))
+    bars.invert_yaxis()
+    bars.set_title("At the peak, MiB (share of full)", loc="left", fontsize=10.5)
+    bars.legend(loc="upper center", bbox_to_anchor=(0.45, -0.1), ncols=5, frameon=False, fontsize=8.5, columnspacing=1)
+    for row, style in zip(rows, _styles(names), strict=True):
+        x = [(i + 0.5) / len(row["curve"]) for i in range(len(row["curve"]))]
+        # The methods' steps have different numbers of events: each phase is drawn as long as any other.
+        bounds = [0.0, *(row["ends"][phase] for phase in PHASES)]
+        x = [_stretched(place, bounds) for place in x]
+        curves.plot(x, [value / MIB for value in row["curve"]], label=row["method"], **style)
+    for number, phase in enumerate(PHASES):
+        curves.axvline(number, color="0.85", lw=1, zorder=0)
+        curves.text(number + 0.5, 1.02, phase, transform=curves.get_xaxis_transform(), ha="center", fontsize=9)
+    curves.set_xlim(0, len(PHASES))
+    curves.set_ylim(0)
+    curves.set_xticks([])
+    curves.set_ylabel("live MiB over one training step")
+    curves.legend(loc="upper center", bbox_to_anchor=(0.5, -0.04), ncols=4, frameon=False, fontsize=8.5)
+    sns.despine(ax=bars, bottom=True)
+    sns.despine(ax=curves)
+    height, width = settings["size"]
+    kept = ", gradient checkpointing" if settings["checkpointing"] else ""
+    title = f"{settings['task']}, {settings['backbone']}, {settings['batch_size']} x {height}x{width}"
+    figure.suptitle(f"{title}, {settings['precision']}{kept}; {settings['measured']}", x=0.01, ha="left", fontsize=11)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _styles(names: list[str]) -> list[dict]:
+    """Colours and dashes that tell methods of one colour apart."""
+    dashes = ("-", "--", ":", "-.")
+    seen: dict[str, int] = {}
+    styles = []
+    for name in names:
+        number = seen[colour(name)] = seen.get(colour(name), -1) + 1
+        styles.append({"color": colour(name), "ls": dashes[number % 4], "lw": 1.6 if number < 4 else 0.9})
+    return styles
+
+
+def _stretched(place: float, bounds: list[float]) -> float:
+    """Where a fraction of the step lies when every phase is one unit long."""
+    phase = next((i for i in range(len(bounds) - 1) if place <= bounds[i + 1]), len(bounds) - 2)
+    return phase + min((place - bounds[phase]) / max(bounds[phase + 1] - bounds[phase], 1e-9), 1)
+
+
+def table_figures(tables: dict, folder: Path) -> list[Path]:
+    """What ``e3va tables`` prints, as far as its tables are there: :data:`TABLE_FIGURES`; the paths written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sns.set_theme(style="white", font_scale=0.9)
+    written = []
+    for name, draw in zip(TABLE_FIGURES, (_savings, _hours, _figure1), strict=True):
+        if (figure := draw(tables)) is not None:
+            figure.tight_layout()
+            figure.savefig(folder / name, dpi=150)
+            plt.close(figure)
+            written.append(folder / name)
+    return written
+
+
+def _savings(tables: dict) -> plt.Figure | None:
+    panels = [(tables[t]["title"], tables[t]["rows"]) for t in ("table1", "table2") if t in tables]
+    if not panels:
+        return None
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.6 * len(panels), 4.6), squeeze=False)
+    for axis, (title, rows) in zip(axes[0], panels, strict=True):
+        rows = [row for row in rows if "saved" in row["cells"]]
+        _beside(axis, [row["row"] for row in rows], [row["cells"]["saved"] for row in rows], "memory saved, % of full")
+        axis.set_title(title, loc="left", fontsize=10.5)
+    return figure
+
+
+def _hours(tables: dict) -> plt.Figure | None:
+    rows = tables.get("table3", {}).get("rows", [])
+    tasks = [task for task in (rows[0]["cells"] if rows else ()) if rows[0]["cells"][task]["ours"] is not None]
+    if not tasks:
+        return None
+    figure, axes = plt.subplots(1, len(tasks), figsize=(4.2 * len(tasks), 4.6), squeeze=False, sharey=True)
+    for axis, task in zip(axes[0], tasks, strict=True):
+        _beside(axis, [row["row"] for row in rows], [row["cells"][task] for row in rows], "time, % of full")
+        axis.set_title(f"Table 3: {task}", loc="left", fontsize=10.5)
+    return figure
+
+
+def _figure1(tables: dict) -> plt.Figure | None:
+    """The right half of the paper's Figure 1: memory and time of three ways of tuning, and the cards that do."""
+    if any(table not in tables for table in ("table1", "table3", "table4")):
+        return None
+    methods = ("full", "adapter", "e3va")
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.4), width_ratios=(1, 1, 1.5))
+    for axis, table, column, label in (
+        (axes[0], "table1", "memory", "MB, Swin-L on VOC"),
+        (axes[1], "table3", "voc", "training time on VOC, % of full"),
+    ):
+        cells = {row["row"]: row["cells"][column] for row in tables[table]["rows"]}
+        if cells["full"]["ours"] is None:
+            return None
+        _beside(axis, list(methods), [cells[method] for method in methods], label)
+    need = {row["row"]: row["need_mb"] / 1024 for row in tables["table4"]["rows"]}
+    chosen = [f"{method}, batch {batch}" for method in methods for batch in (1, 2)]
+    axes[2].barh(chosen, [need[row] for row in chosen], color=[colour(row.split(",")[0]) for row in chosen])
+    axes[2].invert_yaxis()
+    for card, gigabytes in (("1080 Ti", 11), ("P100", 16), ("3090", 24), ("V100", 32)):
+        axes[2].axvline(gigabytes, color="0.35", lw=1, ls="--")
+        axes[2].text(gigabytes, -0.75, f"{card}\n{gigabytes} GB", ha="center", fontsize=8.5)
+    axes[2].set_xlim(0, 34)
+    axes[2].set_xlabel("GB, Swin-L with Cascade Mask R-CNN (ours)", fontsize=9, color="0.3")
+    sns.despine(ax=axes[2])
+    return figure
+
+
+def _beside(axis: plt.Axes, names: list[str], cells: list[dict], label: str) -> None:
+    """Bars of ours, a mark at the printed value."""
+    axis.barh(names, [cell["ours"] or 0 for cell in cells], color=[colour(name) for name in names], label="ours")
+    axis.plot([cell["printed"] for cell in cells], names, "D", ms=5, color="0.1", label="printed")
+    axis.invert_yaxis()
+    axis.set_xlabel(label, fontsize=9, color="0.3")
+    axis.legend(loc="lower right", frameon=True, framealpha=0.9, fontsize=8.5)
+    sns.despine(ax=axis)

@@ -131,7 +131,8 @@ class _Anchors(AnchorGenerator):
 
     def __init__(self, strides: list[int], base: float, per_octave: int = 3):
         sizes = tuple(tuple(base * stride * 2 ** (k / per_octave) for k in range(per_octave)) for stride in strides)
-        super().__init__(sizes, ((0.5, 1.0, 2.0),) * len(strides))
+        with torch.device("cpu"):  # anchors are numbers, not weights: a model on the meta device has them too
+            super().__init__(sizes, ((0.5, 1.0, 2.0),) * len(strides))
         self.strides = strides
 
     def forward(self, images: ImageList, maps: list[Tensor]) -> list[Tensor]:

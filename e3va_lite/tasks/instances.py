@@ -391,8 +391,11 @@ def _sample(
     (positive,), (negative,) = sampler([labels])
     drawn = (positive | negative).nonzero()[:, 0]
     boxes, labels, objects = boxes[drawn], labels[drawn], objects[drawn]
-    rois = torch.cat([objects[:, None].to(boxes), boxes], dim=1)[labels > 0]
-    shapes = roi_align(target["masks"][:, None].to(boxes), rois, MASK_SIDE, sampling_ratio=0, aligned=True)[:, 0]
+    found, of = boxes[labels > 0], objects[labels > 0]
+    shapes = boxes.new_zeros(len(found), MASK_SIDE, MASK_SIDE)
+    for n in of.unique():  # one by one: as floats the masks of a crowded image are half a gigabyte
+        mask = target["masks"][n][None, None].to(boxes)
+        shapes[of == n] = roi_align(mask, [found[of == n]], MASK_SIDE, sampling_ratio=0, aligned=True)[:, 0]
     return boxes, labels, true[objects] if len(true) else boxes, shapes >= 0.5, drawn < given
 
 

@@ -1,0 +1,238 @@
+"""What a training step of each method costs: memory and time, as tables.
+
+Memory is counted (see :mod:`e3va_lite.memory`), on the device or dry. Time is measured in turn, so that a slow moment
+of a noisy machine hits all methods alike; shares are taken round by round, and their median reported.
+"""
+
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from .engine import machine
+from .errors import InputError
+from .memory import CATEGORIES, PHASES, Ledger
+from .methods import METHODS, parse_method
+from .recipe import Recipe
+from .steps import Step, build_step
+from .text import percent, text_table
+
+MIB = 2**20
+CURVE_POINTS = 200  # of a curve in JSON: the most bytes in each of so many equal parts of the step's events
+
+
+def with_method(recipe: Recipe, spec: str, checkpointing: bool = False) -> Recipe:
+    """The recipe for ``METHOD[:option=value,...]``, its own options aside.
+
+    Args:
+        checkpointing: Gradient checkpointing where the method has it: where its gradient runs through the backbone.
+    """
+    method, options = parse_method(spec)
+    if checkpointing and method != "fixed" and not method.startswith("e3va"):
+        options = {**options, "checkpointing": True}
+    return replace(recipe, method=method, options=options)
+
+
+def split_methods(text: str) -> list[str]:
+    """``full,e3va:rank=16,structure=stacked`` -> the two methods in it; ``all`` -> the twelve."""
+    specs: list[str] = []
+    for part in text.split(","):
+        if "=" in part and ":" not in part and specs:
+            specs[-1] += f",{part}"  # a further option of the method before
+        else:
+            specs.append(part.strip())
+    return list(METHODS) if specs == ["all"] else list(dict.fromkeys(specs))
+
+
+def memory_of(recipe: Recipe, size: tuple[int, int], device: torch.device, dry_run: bool) -> Ledger:
+    """The ledger of one training step of the recipe's model, see :func:`e3va_lite.steps.build_step`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of ranks that are not low, and of torch's about its own fake tensors
+        return build_step(recipe, size, device, dry_run).ledger()
+
+
+def memory_table(
+    recipe: Recipe,
+    specs: list[str],
+    size: tuple[int, int],
+    device: torch.device,
+    dry_run: bool = False,
+    checkpointing: bool = False,
+) -> dict:
+    """Bytes of one training step for each method, at the moment when there are most in all.
+
+    Args:
+        recipe: Everything but method and images.
+        specs: ``METHOD[:option=value,...]`` each.
+        size: Height and width of the images in pixels.
+        device: Where to count; for a dry run what to imitate.
+        dry_run: With fake tensors: nothing is allocated or computed.
+        checkpointing: See :func:`with_method`.
+
+    Returns:
+        ``{"settings": {...}, "rows": [{"method", *CATEGORIES, "peak", "share_of_full", "largest", "by_module",
+        "curve", "ends"}, ...]}``, all in bytes. The categories add up to the peak; ``largest`` has each category's own
+        maximum; ``by_module`` the activations by module; ``curve`` the live bytes over the step and ``ends`` where in
+        it the phases end, as fractions. On CUDA ``allocated_mib`` and ``reserved_mib`` are the allocator's.
+
+    Raises:
+        InputError: For a method, option or size that cannot work.
+    """
+    rows = []
+    for spec in tqdm(specs, "memory", unit="method", delay=3):
+        book = memory_of(with_method(recipe, spec, checkpointing), size, device, dry_run)
+        row = {"method": spec, **book.at_peak, "peak": book.peak, "share_of_full": None, "largest": book.largest}
+        row["by_module"] = dict(sorted(book.by_module.items(), key=lambda item: -item[1]))
+        parts = np.array_split(book.total, min(CURVE_POINTS, len(book.total)))
+        row["curve"] = [int(part.max()) for part in parts]
+        row["ends"] = {phase: round(end / len(book.total), 4) for phase, end in book.ends.items()}
+        if book.allocated is not None:
+            row |= {"allocated_mib": round(book.allocated / MIB, 1), "reserved_mib": round(book.reserved / MIB, 1)}
+        rows.append(row)
+    share(rows, "peak", "full", "share_of_full")
+    how = "dry run (fake tensors)" if dry_run else f"counted on {device.type}"
+    return {"settings": {"measured": how, **_settings(recipe, size, checkpointing, device)}, "rows": rows}
+
+
+def memory_text(table: dict, modules: int = 0) -> str:
+    """The table for a terminal, in MiB; with the ``modules`` largest places of activations per method."""
+    rows = [
+        [row["method"], *(f"{row[key] / MIB:.1f}" for key in (*CATEGORIES, "peak")), percent(row["share_of_full"])]
+        for row in table["rows"]
+    ]
+    lines = [_headline(table["settings"]), text_table(["MiB", *CATEGORIES, "peak", "of full"], rows)]
+    lines.append("the categories at the moment of the peak; they add up to it")
+    for row in table["rows"]:
+        if "reserved_mib" in row:
+            lines.append(f"{row['method']}: allocated {row['allocated_mib']} MiB, reserved {row['reserved_mib']} MiB")
+        places = list(row["by_module"].items())[:modules]
+        lines += [f"  {row['method']}: {size / MIB:8.1f} MiB kept by {name or 'the model'}" for name, size in places]
+    return "\n".join(lines)
+
+
+def interleaved_seconds(
+    steps: dict[str, Step], rounds: int, device: torch.device, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, dict[str, np.ndarray]]:
+    """Seconds of each step's phases, in turn.
+
+    Args:
+        steps: A step per name.
+        rounds: How often each is run; one more round, not counted, comes first.
+        device: Where the steps run.
+
+    Returns:
+        Per name and phase an array (rounds,); the phase ``step`` is their sum.
+    """
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return clock()
+
+    seconds = {name: np.zeros((rounds + 1, len(PHASES))) for name in steps}
+    for number in tqdm(range(rounds + 1), "time", unit="round", delay=3):
+        for name, step in steps.items():
+            times = [now()]
+            loss = step.forward()
+            times.append(now())
+            step.backward(loss)
+            times.append(now())
+            step.update()
+            times.append(now())
+            seconds[name][number] = np.diff(times)
+    return {
+        name: {**dict(zip(PHASES, values[1:].T, strict=True)), "step": values[1:].sum(axis=1)}
+        for name, values in seconds.items()
+    }
+
+
+def time_table(
+    recipe: Recipe,
+    specs: list[str],
+    size: tuple[int, int],
+    device: torch.device,
+    rounds: int,
+    checkpointing: bool = False,
+) -> dict:
+    """Seconds of forward pass, backward pass and optimiser for each method; see :func:`memory_table` for arguments.
+
+    All models are held at once.
+
+    Returns:
+        ``{"settings": {...}, "rows": [{"method", "forward", "backward", "optimizer", "step", "quartiles", "of_full",
+        "of_fixed", "seconds_by_round"}, ...]}``: medians over the rounds, their quartiles, and the medians of the
+        shares that each round has of ``full`` and of ``fixed``, where these are among the methods.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        steps = {spec: build_step(with_method(recipe, spec, checkpointing), size, device) for spec in specs}
+    seconds = interleaved_seconds(steps, rounds, device)
+    rows = []
+    for spec, phases in seconds.items():
+        row = {"method": spec, **{phase: round(float(np.median(x)), 5) for phase, x in phases.items()}}
+        row["quartiles"] = {p: [round(float(q), 5) for q in np.quantile(x, (0.25, 0.75))] for p, x in phases.items()}
+        for other in ("full", "fixed"):
+            whole = seconds.get(other)
+            row[f"of_{other}"] = whole and {p: round(float(np.median(x / whole[p])), 4) for p, x in phases.items()}
+        row["seconds_by_round"] = [round(float(x), 5) for x in phases["step"]]
+        rows.append(row)
+    return {"settings": {"rounds": rounds, **_settings(recipe, size, checkpointing, device)}, "rows": rows}
+
+
+def time_text(table: dict) -> str:
+    """The table for a terminal: medians, the step's quartiles, and shares."""
+    rows = [
+        [
+            row["method"],
+            *(f"{row[phase]:.3f}" for phase in (*PHASES, "step")),
+            "-".join(f"{q:.3f}" for q in row["quartiles"]["step"]),
+            *(percent((row[f"of_{other}"] or {}).get("step")) for other in ("full", "fixed")),
+        ]
+        for row in table["rows"]
+    ]
+    header = ["seconds", *PHASES, "step", "quartiles", "of full", "of fixed"]
+    return "\n".join([_headline(table["settings"]), text_table(header, rows)])
+
+
+def share(rows: list[dict], key: str, of: str, into: str) -> None:
+    """Give every row its share of a method's value, where that method is among the rows."""
+    whole = next((row[key] for row in rows if row["method"] == of), None)
+    for row in rows if whole else ():
+        row[into] = round(row[key] / whole, 4)
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """``608x1024`` -> height and width.
+
+    Raises:
+        InputError: For anything else.
+    """
+    sides = text.lower().split("x")
+    if len(sides) != 2 or not all(side.isascii() and side.isdigit() for side in sides):
+        raise InputError(f"--size {text} is not understood: write HEIGHTxWIDTH in pixels, as in 608x1024.")
+    return int(sides[0]), int(sides[1])
+
+
+def _settings(recipe: Recipe, size: tuple[int, int], checkpointing: bool, device: torch.device) -> dict:
+    return {
+        "task": recipe.task,
+        "backbone": recipe.backbone,
+        "size": list(size),
+        "batch_size": recipe.batch,
+        "checkpointing": checkpointing,
+        **machine(recipe, device),
+    }
+
+
+def _headline(settings: dict) -> str:
+    height, width = settings["size"]
+    kept = ", gradient checkpointing" if settings["checkpointing"] else ""
+    how = settings.get("measured") or f"{settings['rounds']} rounds"
+    return (
+        f"{settings['task']}, {settings['backbone']}, {settings['batch_size']} x {height}x{width}, "
+        f"{settings['precision']}{kept}; {how}, {settings['device']}, {settings['date']}"
+    )
