@@ -3,6 +3,7 @@
 import json
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -61,7 +62,8 @@ settings = click.option(
 @as_json
 def params(backbone: str, as_json: bool) -> None:
     """Trainable parameters of all twelve methods, beside the paper's."""
-    from .tables import parameter_table, text_table
+    from .tables import parameter_table
+    from .text import text_table
 
     table = parameter_table(backbone)
     if as_json:
@@ -122,6 +124,166 @@ def compare(methods, seeds, root, recipe, settings, data, out, device, overwrite
     else:
         click.echo(as_text(result))
         click.echo(f"saved: {files[0]}, {files[1]}")
+
+
+@cli.command()
+@click.option(
+    "--method",
+    "methods",
+    multiple=True,
+    metavar="METHOD[:option=value,...]",
+    help="May be repeated; a single one is shown block by block.  [default: full, adapter, e3va]",
+)
+@click.option("--backbone", default="swin_nano", show_default=True)
+@click.option("--size", default="64x64", show_default=True, metavar="HEIGHTxWIDTH", help="Bytes grow with it.")
+@click.option("--figures", type=click.Path(path_type=Path, file_okay=False), help="A folder for drawings, as PNG.")
+@overwrite
+@as_json
+def gradpath(methods, backbone, size, figures, overwrite, as_json) -> None:
+    """Walk the gradient's way back from a loss: what of the backbone it reaches, how long it is, what it keeps.
+
+    Models are built without memory: any backbone and size will do.
+    """
+    from .gradpath import FIGURES, METHODS, as_text, image_size, measure
+
+    methods, pixels = methods or METHODS, image_size(size)
+    for file in (figures / name for name in FIGURES if figures is not None):
+        if file.exists() and not overwrite:
+            raise InputError(f"'{file}' exists: choose another folder for --figures or pass --overwrite.")
+    rows = [measure(spec, backbone, pixels) for spec in methods]
+    if figures is not None:
+        from .diagrams import save
+
+        save(figures, methods, backbone, pixels)
+    if as_json:
+        click.echo(json.dumps(rows[0] if len(rows) == 1 else {"rows": rows}, indent=2))
+        return
+    click.echo(as_text(rows))
+    if figures is not None:
+        click.echo(f"saved: {figures}, {len(FIGURES)} figures")
+
+
+def _cost_options(batch: bool) -> Callable:
+    """The options of the commands that look at one training step on a made-up batch."""
+    options = [
+        click.option("--recipe", default="voc", show_default=True, help="A recipe's name or YAML file."),
+        click.option("--backbone", help="swin_nano or one of timm's.  [default: the recipe's]"),
+        click.option(
+            "--methods",
+            default="full,fixed,adapter,e3va",
+            show_default=True,
+            metavar="METHOD[:option=value,...],...",
+            help="'all' for the twelve.",
+        ),
+        click.option("--size", metavar="HxW", help="Of the images, in pixels.  [default: the recipe's largest]"),
+        click.option("--precision", help="float32, bfloat16 or float16.  [default: the recipe's]"),
+        click.option("--checkpointing", is_flag=True, help="Gradient checkpointing, for the methods that have it."),
+        settings,
+    ]
+    if batch:
+        options.append(click.option("--batch-size", type=click.IntRange(1), help="Images.  [default: the recipe's]"))
+
+    def decorate(command: Callable) -> Callable:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def _costed(recipe, backbone, size, precision, settings, batch_size=None) -> tuple:
+    """The recipe without pretrained weights, whose values cost nothing, and the size."""
+    from .costs import parse_size
+    from .steps import training_size
+
+    chosen = {"backbone": backbone, "precision": precision, "batch": batch_size, "pretrained": "false"}
+    loaded = _recipe(recipe, (*settings, *(f"{key}={value}" for key, value in chosen.items() if value is not None)))
+    return loaded, parse_size(size) if size else training_size(loaded)
+
+
+@cli.command()
+@_cost_options(batch=True)
+@click.option("--dry-run", is_flag=True, help="With torch's fake tensors: no weights are allocated, nothing computed.")
+@click.option("--modules", default=0, type=click.IntRange(0), help="Print so many places that keep most activations.")
+@click.option("--figure", type=PATH, help="Draw the ledger into this PNG.")
+@device_option
+@overwrite
+@as_json
+def memory(
+    recipe, backbone, methods, size, precision, checkpointing, settings, batch_size, dry_run, modules, figure, device,
+    overwrite, as_json,
+) -> None:  # fmt: skip
+    """Where the memory of one training step goes: parameters, gradients, optimiser, activations, temporaries."""
+    from .costs import memory_table, memory_text, split_methods
+    from .plots import memory_figure
+
+    _new(figure, overwrite)
+    loaded, size = _costed(recipe, backbone, size, precision, settings, batch_size)
+    where = _device(device) if device or not dry_run else torch.device("cpu")
+    table = memory_table(loaded, split_methods(methods), size, where, dry_run, checkpointing)
+    click.echo(json.dumps(table, indent=2) if as_json else memory_text(table, modules))
+    if figure:
+        memory_figure(table, figure)
+        click.echo(f"saved: {figure}", err=as_json)
+
+
+@cli.command()
+@_cost_options(batch=True)
+@click.option("--rounds", default=8, show_default=True, type=click.IntRange(1), help="Timed steps of each method.")
+@device_option
+@as_json
+def time(
+    recipe, backbone, methods, size, precision, checkpointing, settings, batch_size, rounds, device, as_json
+) -> None:
+    """Seconds of forward pass, backward pass and optimiser, all methods in turn; shares of full and fixed."""
+    from .costs import split_methods, time_table, time_text
+
+    loaded, size = _costed(recipe, backbone, size, precision, settings, batch_size)
+    table = time_table(loaded, split_methods(methods), size, _device(device), rounds, checkpointing)
+    click.echo(json.dumps(table, indent=2) if as_json else time_text(table))
+
+
+@cli.command()
+@_cost_options(batch=False)
+@click.option("--gpu", required=True, help="11GB, 8192MB, or a card: 1080ti, 3060, t4, p100, 3090, v100, a100, ...")
+@click.option(
+    "--overhead",
+    type=click.IntRange(0),
+    help="MB that go to the CUDA context, libraries and fragmentation.  [default: as in `e3va tables`]",
+)
+@as_json
+def fit(recipe, backbone, methods, size, precision, checkpointing, settings, gpu, overhead, as_json) -> None:
+    """Will it fit? The largest batch of each method on a card, by dry runs."""
+    from .costs import split_methods
+    from .fit import MIB, fit_table, fit_text
+    from .tables import OVERHEAD
+
+    loaded, size = _costed(recipe, backbone, size, precision, settings)
+    spent = OVERHEAD if overhead is None else overhead * MIB
+    table = fit_table(loaded, split_methods(methods), size, gpu, spent, checkpointing)
+    click.echo(json.dumps(table, indent=2) if as_json else fit_text(table))
+
+
+@cli.command()
+@click.option(
+    "--table", "numbers", multiple=True, type=click.IntRange(1, 4), help="May be repeated.  [default: all four]"
+)
+@click.option("--times", type=PATH, help="Folder of measured times, for Table 3.  [default: data/results]")
+@click.option("--figures", type=PATH, help="Draw them into this folder.")
+@overwrite
+@as_json
+def tables(numbers, times, figures, overwrite, as_json) -> None:
+    """The paper's Tables 1 to 4 beside ours: printed value, our value, difference, and how ours was obtained."""
+    from .plots import TABLE_FIGURES, table_figures
+    from .tables import TIMES, as_text, paper_tables
+
+    for name in TABLE_FIGURES if figures else ():
+        _new(figures / name, overwrite)
+    result = paper_tables(sorted(set(numbers)) or [1, 2, 3, 4], times or TIMES)
+    click.echo(json.dumps(result, indent=2) if as_json else as_text(result))
+    if figures:
+        for path in table_figures(result, figures):
+            click.echo(f"saved: {path}", err=as_json)
 
 
 @cli.group()
@@ -292,6 +454,12 @@ def _recipe(name: str, settings: tuple[str, ...], task: str | None = None):
         if not equals:
             raise InputError(f"--set {setting} is not understood: write --set FIELD=VALUE.")
     return load_recipe(name, {key: value for key, _, value in pairs}, task)
+
+
+def _new(file: Path | None, overwrite: bool) -> None:
+    """Before anything takes minutes: is there a file in the way of the one to be written?"""
+    if file is not None and file.exists() and not overwrite:
+        raise InputError(f"'{file}' exists: choose another place or pass --overwrite.")
 
 
 def _device(name: str | None) -> torch.device:

@@ -43,22 +43,23 @@ def capacity(gpu: str) -> int:
 def largest_batch(peak: Callable[[int], int], available: int) -> tuple[int, int]:
     """The largest batch whose peak is within what is available, and its peak; 0 and the peak of one image if none is.
 
-    The peak is all but affine in the batch: two batches say where to look, and the answer is looked at itself, as is
-    the next larger one.
+    The peak is all but affine in the batch: the last two batches say where to look next, until a batch that fits and
+    one more that does not are found.
 
     Args:
         peak: Bytes for a batch, never falling.
         available: Bytes.
     """
-    bytes_ = peak(1)
+    fits, bytes_ = 1, peak(1)
     if bytes_ > available:
         return 0, bytes_
-    slope = max(peak(2) - bytes_, 1)
-    fits, too_large = 1, MOST + 1
+    too_large, slope = MOST + 1, peak(2) - bytes_
     while too_large - fits > 1:
-        batch = fits + (available - bytes_) // slope
+        batch = fits + int((available - bytes_) / max(slope, 1))
         batch = min(max(batch, fits + 1), too_large - 1)
-        if (more := peak(batch)) <= available:
+        more = peak(batch)
+        slope = (more - bytes_) / (batch - fits)
+        if more <= available:
             fits, bytes_ = batch, more
         else:
             too_large = batch

@@ -17,6 +17,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from .errors import InputError
+
 SEED = 20241028  # of the random functional: one that nobody draws inputs with, else it could equal them
 STEPS = 3  # with a zero up-projection the down-projection moves at the second step; the third is for good measure
 
@@ -33,8 +35,8 @@ def assert_isolated(
 ) -> None:
     """Prove in four ways that training ``model`` sends no gradient into ``backbone``.
 
-    The model is run in train mode a few times; its parameters, buffers, gradients and mode, and the random state of the
-    CPU, are put back.
+    The model is run in train mode a few times; its parameters, buffers, gradients and mode, and the random state of its
+    devices, are put back.
 
     Args:
         model: The model to be trained. Modules may have a ``passed_by_design`` attribute, a list of backbone modules
@@ -48,11 +50,13 @@ def assert_isolated(
 
     Raises:
         IsolationError: Names every parameter and module that was reached.
-        ValueError: When there is no such backbone, or nothing in the model is trainable.
+        InputError: When there is no such backbone, or nothing in the model is trainable.
     """
-    backbone = _find_backbone(model, backbone)
+    backbone = find_backbone(model, backbone)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise InputError("nothing in the model is trainable, so there is nothing to prove.")
     loss = loss or random_functional
-    with _restored(model):
+    with restored(model):
         model.train()
         findings = [
             *parameters_with_grad(model, inputs, backbone, loss),
@@ -76,30 +80,45 @@ def reached_by_graph(model: nn.Module, inputs: tuple, backbone: nn.Module, loss:
 
     Modules in some ``passed_by_design`` list are not counted, their parameters are.
     """
-    by_design = {part for m in model.modules() for top in getattr(m, "passed_by_design", ()) for part in top.modules()}
-    produced: dict[object, str] = {}  # graph node -> the backbone module whose output it is
-
-    def remember(name: str) -> Callable:
-        def hook(module: nn.Module, args: tuple, output: object) -> None:
-            produced.update((t.grad_fn, name) for t in tensors_in(output) if t.grad_fn is not None)
-
-        return hook
-
-    names = {module: name for name, module in model.named_modules()}
-    handles = [m.register_forward_hook(remember(names[m])) for m in backbone.modules() if m not in by_design]
-    try:
+    guarded = stream(model, backbone)
+    with producers(model) as produced:
         root = loss(model(*inputs)).grad_fn
-    finally:
-        for handle in handles:
-            handle.remove()
     parameters = {id(p): name for name, p in _named(model, backbone)}
     findings = []
     for node in walk(root):
         if id(getattr(node, "variable", None)) in parameters:
             findings.append(f"the graph ends in parameter {parameters[id(node.variable)]}")
-        if node in produced:
-            findings.append(f"the graph passes module {produced[node]}")
+        if passed := [name for name in produced.get(node, ()) if name in guarded]:
+            findings.append(f"the graph passes module {passed[-1]}")
     return sorted(set(findings))
+
+
+def stream(model: nn.Module, backbone: nn.Module) -> set[str]:
+    """The names of the backbone's modules that no gradient may pass: all but those in some ``passed_by_design``."""
+    by_design = {part for m in model.modules() for top in getattr(m, "passed_by_design", ()) for part in top.modules()}
+    inside = set(backbone.modules()) - by_design
+    return {name for name, module in model.named_modules() if module in inside}
+
+
+@contextmanager
+def producers(model: nn.Module) -> Iterator[dict[object, list[str]]]:
+    """Inside, the forward pass is noted: graph node -> names of the modules whose output it is, the outermost last."""
+    produced: dict[object, list[str]] = {}
+
+    def remember(name: str) -> Callable:
+        def hook(module: nn.Module, args: tuple, output: object) -> None:
+            for t in tensors_in(output):
+                if t.grad_fn is not None:
+                    produced.setdefault(t.grad_fn, []).append(name)
+
+        return hook
+
+    handles = [module.register_forward_hook(remember(name)) for name, module in model.named_modules()]
+    try:
+        yield produced
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def moved_by_optimizer(model: nn.Module, inputs: tuple, backbone: nn.Module, loss: Callable) -> list[str]:
@@ -160,7 +179,7 @@ def random_functional(output: object) -> Tensor:
     terms = []
     for t in tensors_in(output):
         if t.is_floating_point():
-            w = torch.randn(t.shape, generator=generator).to(t)
+            w = torch.randn(t.shape, generator=generator, device="meta" if t.is_meta else "cpu").to(t)
             terms.append((w * t).sum() / max(t.numel(), 1) ** 0.5)
     return torch.stack(terms).sum()
 
@@ -177,33 +196,37 @@ def tensors_in(value: object) -> Iterator[Tensor]:
             yield from tensors_in(item)
 
 
-def walk(root: object) -> Iterator[object]:
-    """Every node of the autograd graph below ``root`` (a ``grad_fn``), each once."""
+def walk(root: object, stops: frozenset = frozenset()) -> Iterator[object]:
+    """Every node of the autograd graph from ``root`` (a ``grad_fn``) on, each once; none behind one of ``stops``."""
     seen, todo = {root}, [root]
     while todo:
         node = todo.pop()
         yield node
-        for below, _ in node.next_functions:
-            if below is not None and below not in seen:
+        for below in () if node in stops else next_nodes(node):
+            if below not in seen:
                 seen.add(below)
                 todo.append(below)
 
 
-def _find_backbone(model: nn.Module, backbone: nn.Module | str | None) -> nn.Module:
+def next_nodes(node: object) -> list[object]:
+    """Where a node of the graph hands its gradient, once per input: twice the same for ``x * x``."""
+    return [below for below, _ in node.next_functions if below is not None]
+
+
+def find_backbone(model: nn.Module, backbone: nn.Module | str | None) -> nn.Module:
+    """The frozen part: as given, by its name in the model, or the module called ``swin``; InputError without one."""
     modules = dict(model.named_modules())
     if backbone is None:
         found = [module for name, module in modules.items() if name.split(".")[-1] == "swin"]
         if not found:
-            raise ValueError("name the frozen part: backbone=<a module of the model, or its name in it>.")
+            raise InputError("name the frozen part: backbone=<a module of the model, or its name in it>.")
         backbone = found[0]
     elif isinstance(backbone, str):
         if backbone not in modules:
-            raise ValueError(f"the model has no module named '{backbone}'.")
+            raise InputError(f"the model has no module named '{backbone}'.")
         backbone = modules[backbone]
     elif backbone not in modules.values():
-        raise ValueError("backbone is not a part of the model.")
-    if not any(p.requires_grad for p in model.parameters()):
-        raise ValueError("nothing in the model is trainable, so there is nothing to prove.")
+        raise InputError("backbone is not a part of the model.")
     return backbone
 
 
@@ -213,20 +236,28 @@ def _named(model: nn.Module, backbone: nn.Module) -> list[tuple[str, nn.Paramete
 
 
 @contextmanager
-def _restored(model: nn.Module) -> Iterator[None]:
-    """Put parameters, buffers, gradients, modes and the CPU's random state back, whatever happens."""
-    state = {name: t.detach().clone() for name, t in model.state_dict(keep_vars=True).items()}
+def restored(model: nn.Module, parameters: bool = True) -> Iterator[None]:
+    """Put parameters (if something moves them), buffers, gradients, modes and the random state back, whatever happens.
+
+    The random state is that of the CPU and of the CUDA devices that hold parameters.
+    """
+
+    def tensors() -> dict[str, Tensor]:
+        return dict(model.named_buffers()) | (dict(model.named_parameters()) if parameters else {})
+
+    state = {name: t.detach().clone() for name, t in tensors().items()}
     grads = {p: p.grad for p in model.parameters()}
     modes = {module: module.training for module in model.modules()}
-    random_state = torch.get_rng_state()
+    gpus = {p.device for p in model.parameters() if p.device.type == "cuda"}
     try:
-        yield
+        with torch.random.fork_rng(devices=gpus):
+            yield
     finally:
         with torch.no_grad():
-            for name, t in model.state_dict(keep_vars=True).items():
-                t.copy_(state[name])
+            for name, t in tensors().items():
+                if not t.is_meta and not t.equal(state[name]):  # a write, even of the same, would spoil pending graphs
+                    t.copy_(state[name])
         for p, grad in grads.items():
             p.grad = grad
         for module, mode in modes.items():
             module.training = mode
-        torch.set_rng_state(random_state)

@@ -39,8 +39,9 @@ class Ledger:
     Attributes:
         curve: Per category the live bytes after every event, (events,) each; an event is a storage's birth or death.
         ends: Per phase the number of events until its end.
-        by_module: Per module (``""`` is the model itself) the activations that its own forward made, at the end of the
-            forward pass; each storage counts for the innermost module that ran when it was made.
+        by_module: Per module (``""`` is the model itself) the activations at the end of the forward pass; a storage
+            counts for the innermost module that was running when an operator kept it for the first time, or, where
+            none did in autograd's eyes (gradient checkpointing keeps inputs itself), when it was made.
         allocated: On CUDA, the allocator's peak during the step, else None.
         reserved: On CUDA, what the allocator had taken from the device, else None.
     """
@@ -84,13 +85,16 @@ class LiveBytes(TorchDispatchMode):
 
     Attributes:
         sizes: Bytes of the storages in the order of their birth; ``born`` and ``died``: the event's number, -1 while
-            it lives; ``place``: which module made it.
+            it lives; ``made``: the module that was running then.
+        kept: By a storage's number the module that was running when autograd kept it for the first time.
         events: Number of births and deaths so far.
+        module: The module that is running.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.sizes, self.born, self.died, self.place = [], [], [], []
+        self.sizes, self.born, self.died, self.made = [], [], [], []
+        self.kept: dict[int, str] = {}
         self.events = 0
         self.module = ""
         self._number: dict[int, int] = {}  # of the living, by the storage's address
@@ -105,7 +109,7 @@ class LiveBytes(TorchDispatchMode):
             self.sizes.append(storage.nbytes())
             self.born.append(self.events)
             self.died.append(-1)
-            self.place.append(self.module)
+            self.made.append(self.module)
             self.events += 1
             self._finalizers.append(weakref.finalize(storage, self._remove, address, number))
         return number
@@ -114,6 +118,11 @@ class LiveBytes(TorchDispatchMode):
         del self._number[address]
         self.died[number] = self.events
         self.events += 1
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """Autograd keeps this tensor for the backward pass."""
+        self.kept.setdefault(self.add(tensor), self.module)
+        return tensor
 
     def alive(self) -> list[int]:
         """The numbers of the storages that live now."""
@@ -175,7 +184,8 @@ def ledger(
         ends = {}
         with live, _named_modules(model, live):
             known = len(live.sizes)
-            loss = _checked(forward())
+            with torch.autograd.graph.saved_tensors_hooks(live.keep, lambda tensor: tensor):
+                loss = _checked(forward())
             kept = [number for number in live.alive() if number >= known]
             ends["forward"] = live.events
             loss.backward()
@@ -212,8 +222,9 @@ def _closed(
     np.add.at(change, (category, born), sizes)
     np.subtract.at(change, (category[gone], died[gone]), sizes[gone])
     by_module: dict[str, int] = {}
-    for number in np.flatnonzero(category == CATEGORIES.index("activations")):
-        by_module[live.place[number]] = by_module.get(live.place[number], 0) + live.sizes[number]
+    for number in np.flatnonzero(category == CATEGORIES.index("activations")).tolist():
+        module = live.kept.get(number, live.made[number])
+        by_module[module] = by_module.get(module, 0) + live.sizes[number]
     return Ledger(
         dict(zip(CATEGORIES, change.cumsum(axis=1)[:, start:], strict=True)),
         {phase: end - start for phase, end in ends.items()},

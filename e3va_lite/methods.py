@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import yaml
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -265,6 +266,23 @@ def build_backbone(
     backbone = function(swin, tuple(stages), **options)
     backbone.name = name  # what is trained beside it belongs to this one and to no other
     return backbone
+
+
+def parse_method(spec: str) -> tuple[str, dict]:
+    """A method as it is written on a command line, ``METHOD[:option=value,...]`` -> its name and its options.
+
+    Raises:
+        InputError: For anything that is not written like this; names and options are not looked up.
+    """
+    method, _, options = spec.partition(":")
+    pairs = [pair.partition("=") for pair in options.split(",") if pair]
+    try:
+        if not all(equals for _, equals, _ in pairs):
+            raise ValueError
+        return method, {key: yaml.safe_load(value) for key, _, value in pairs}
+    except (ValueError, yaml.YAMLError) as error:
+        message = f"method '{spec}' is not understood: write METHOD or METHOD:option=value,option=value."
+        raise InputError(message) from error
 
 
 def _blocks(swin: SwinTransformer, stages: tuple[int, ...]) -> list[nn.Module]:
