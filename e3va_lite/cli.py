@@ -144,12 +144,12 @@ def gradpath(methods, backbone, size, figures, overwrite, as_json) -> None:
 
     Models are built without memory: any backbone and size will do.
     """
-    from .gradpath import FIGURES, METHODS, as_text, image_size, measure
+    from .gradpath import FIGURES, METHODS, as_text, measure
+    from .swin import image_size
 
     methods, pixels = methods or METHODS, image_size(size)
-    for file in (figures / name for name in FIGURES if figures is not None):
-        if file.exists() and not overwrite:
-            raise InputError(f"'{file}' exists: choose another folder for --figures or pass --overwrite.")
+    for name in FIGURES if figures else ():
+        _new(figures / name, overwrite)
     rows = [measure(spec, backbone, pixels) for spec in methods]
     if figures is not None:
         from .diagrams import save
@@ -193,12 +193,12 @@ def _cost_options(batch: bool) -> Callable:
 
 def _costed(recipe, backbone, size, precision, settings, batch_size=None) -> tuple:
     """The recipe without pretrained weights, whose values cost nothing, and the size."""
-    from .costs import parse_size
     from .steps import training_size
+    from .swin import image_size
 
     chosen = {"backbone": backbone, "precision": precision, "batch": batch_size, "pretrained": "false"}
     loaded = _recipe(recipe, (*settings, *(f"{key}={value}" for key, value in chosen.items() if value is not None)))
-    return loaded, parse_size(size) if size else training_size(loaded)
+    return loaded, image_size(size) if size else training_size(loaded)
 
 
 @cli.command()

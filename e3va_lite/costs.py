@@ -14,7 +14,6 @@ import torch
 from tqdm import tqdm
 
 from .engine import machine
-from .errors import InputError
 from .memory import CATEGORIES, PHASES, Ledger
 from .methods import METHODS, parse_method
 from .recipe import Recipe
@@ -203,18 +202,6 @@ def share(rows: list[dict], key: str, of: str, into: str) -> None:
     whole = next((row[key] for row in rows if row["method"] == of), None)
     for row in rows if whole else ():
         row[into] = round(row[key] / whole, 4)
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """``608x1024`` -> height and width.
-
-    Raises:
-        InputError: For anything else.
-    """
-    sides = text.lower().split("x")
-    if len(sides) != 2 or not all(side.isascii() and side.isdigit() for side in sides):
-        raise InputError(f"--size {text} is not understood: write HEIGHTxWIDTH in pixels, as in 608x1024.")
-    return int(sides[0]), int(sides[1])
 
 
 def _settings(recipe: Recipe, size: tuple[int, int], checkpointing: bool, device: torch.device) -> dict:

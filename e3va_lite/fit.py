@@ -56,7 +56,7 @@ def largest_batch(peak: Callable[[int], int], available: int) -> tuple[int, int]
     too_large, slope = MOST + 1, peak(2) - bytes_
     while too_large - fits > 1:
         batch = fits + int((available - bytes_) / max(slope, 1))
-        batch = min(max(batch, fits + 1), too_large - 1)
+        batch = min(max(batch, fits + 1), 4 * fits, too_large - 1)  # a batch far too large takes long to look at
         more = peak(batch)
         slope = (more - bytes_) / (batch - fits)
         if more <= available:

@@ -1,16 +1,13 @@
 """What ``e3va gradpath`` reports: the gradient's way of several methods side by side, and equations (11) and (12)."""
 
-import re
 import textwrap
 from dataclasses import asdict
 
 import torch
 from torch import Tensor, nn
 
-from .errors import InputError
 from .methods import build_backbone, parse_method
 from .paths import trace
-from .swin import MIN_SIZE
 from .tables import trainable_parameters
 from .text import text_table
 
@@ -75,14 +72,6 @@ def on_meta(spec: str, name: str, size: tuple[int, int] = (64, 64)) -> tuple[nn.
     method, options = parse_method(spec)
     with torch.device("meta"):
         return build_backbone(method, name, **options), torch.empty(1, 3, *size)
-
-
-def image_size(text: str) -> tuple[int, int]:
-    """``"224x320"`` -> (224, 320), height first; InputError for what is not of that form, or below Swin's 32 pixels."""
-    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
-    if not match or min(map(int, match.groups())) < MIN_SIZE:
-        raise InputError(f"size '{text}' is not understood: write HEIGHTxWIDTH, both {MIN_SIZE} pixels or more.")
-    return int(match[1]), int(match[2])
 
 
 def measure(spec: str, name: str, size: tuple[int, int] = (64, 64)) -> dict:

@@ -260,6 +260,10 @@ def build_backbone(
             raise unknown(f"option of method {method}", option, known)
     if options.get("fpn_norm", "fixed") not in FPN_NORM:
         raise unknown("fpn_norm", options["fpn_norm"], FPN_NORM)
+    for option in ("rank", "middle", "branches"):
+        value = options.get(option)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+            raise InputError(f"{option}={value} must be an integer.")
     if not stages or set(stages) - {1, 2, 3, 4} or list(stages) != sorted(set(stages)):
         raise InputError(f"stages={tuple(stages)} must be ascending numbers out of 1, 2, 3 and 4.")
     swin = create_swin(name, pretrained, weights, drop_path_rate)

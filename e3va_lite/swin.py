@@ -8,6 +8,7 @@ weights that were trained with one order see shifted windows cut in other places
 Maps in this file are NHWC, as everywhere inside Swin; ``FPNNorms`` turns what feeds necks to NCHW.
 """
 
+import re
 from functools import partial
 from pathlib import Path
 
@@ -82,6 +83,18 @@ def _from_timm(name: str, pretrained: bool, options: dict) -> SwinTransformer:
             f"the weights of '{name}' could not be fetched from timm's hub ({type(error).__name__}): check the "
             "network, or download them elsewhere and pass the file with --weights."
         ) from error
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """``"224x320"`` -> (224, 320), height first.
+
+    Raises:
+        InputError: For what is not of that form, or below Swin's 32 pixels.
+    """
+    match = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", text)
+    if not match or min(map(int, match.groups())) < MIN_SIZE:
+        raise InputError(f"size '{text}' cannot be taken: write HEIGHTxWIDTH, both {MIN_SIZE} pixels or more.")
+    return int(match[1]), int(match[2])
 
 
 def freeze(module: nn.Module) -> nn.Module:

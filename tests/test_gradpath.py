@@ -9,8 +9,9 @@ from PIL import Image
 from test_commands import e3va
 
 from e3va_lite import InputError, build_backbone, diagrams
-from e3va_lite.gradpath import FIGURES, as_text, equations, image_size, measure
+from e3va_lite.gradpath import FIGURES, as_text, equations, measure
 from e3va_lite.paths import trace
+from e3va_lite.swin import image_size
 
 
 def test_one_method_block_by_block():
