@@ -9,7 +9,18 @@
 from .errors import InputError
 from .export import load_adapters
 from .gradients import IsolationError, assert_isolated
+from .memory import ledger
 from .methods import METHODS, build_backbone
+from .paths import trace
 
-__all__ = ["METHODS", "InputError", "IsolationError", "assert_isolated", "build_backbone", "load_adapters"]
+__all__ = [
+    "METHODS",
+    "InputError",
+    "IsolationError",
+    "assert_isolated",
+    "build_backbone",
+    "ledger",
+    "load_adapters",
+    "trace",
+]
 __version__ = "0.1.0"

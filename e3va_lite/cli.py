@@ -1,9 +1,11 @@
 """The console command ``e3va``: reads options, calls the library, prints."""
 
 import json
+import os
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import click
@@ -17,6 +19,7 @@ from .errors import InputError
 
 def main() -> None:
     """Run the command; what the user can mend becomes one sentence and exit status 2."""
+    os.environ.setdefault("MPLBACKEND", "Agg")  # figures become files
     warnings.showwarning = lambda message, *_: click.echo(f"warning: {message}", err=True)
     try:
         cli.main(prog_name="e3va", standalone_mode=False)
@@ -44,6 +47,7 @@ as_json = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON document and nothing else on standard output."
 )
 overwrite = click.option("--overwrite", is_flag=True, help="Replace what is there.")
+some_methods = partial(click.option, "--method", "methods", multiple=True, metavar="METHOD[:option=value,...]")
 strict = click.option(
     "--strict", is_flag=True, help="Boxes without area or outside the image are errors, not warnings."
 )
@@ -84,13 +88,7 @@ def params(backbone: str, as_json: bool) -> None:
 
 
 @cli.command()
-@click.option(
-    "--method",
-    "methods",
-    multiple=True,
-    metavar="METHOD[:option=value,...]",
-    help="May be repeated.  [default: fixed, adapter, e3va, full]",
-)
+@some_methods(help="May be repeated.  [default: fixed, adapter, e3va, full]")
 @click.option("--seeds", default=1, show_default=True, type=click.IntRange(1, 10), help="Training seeds per method.")
 @click.option("--root", type=PATH, help="A folder in Pascal VOC layout to compare on.  [default: generated scenes]")
 @click.option("--recipe", help="A recipe's name or YAML file.  [default: shapes; with --root, voc-nano]")
@@ -127,13 +125,7 @@ def compare(methods, seeds, root, recipe, settings, data, out, device, overwrite
 
 
 @cli.command()
-@click.option(
-    "--method",
-    "methods",
-    multiple=True,
-    metavar="METHOD[:option=value,...]",
-    help="May be repeated; a single one is shown block by block.  [default: full, adapter, e3va]",
-)
+@some_methods(help="May be repeated; a single one is shown block by block.  [default: full, adapter, e3va]")
 @click.option("--backbone", default="swin_nano", show_default=True)
 @click.option("--size", default="64x64", show_default=True, metavar="HEIGHTxWIDTH", help="Bytes grow with it.")
 @click.option("--figures", type=click.Path(path_type=Path, file_okay=False), help="A folder for drawings, as PNG.")

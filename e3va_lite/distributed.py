@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .errors import InputError
 
-EVALUATION_HOURS = 12  # how long the other processes wait for the first one
+EVALUATION_HOURS = 12  # how long a process waits for the others: the slowest one's share of an evaluation
 
 
 def start(device: torch.device) -> torch.device:

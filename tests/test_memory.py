@@ -214,6 +214,16 @@ def test_the_highway_needs_less_than_adapters_inside_the_backbone():
     assert peaks["fixed"] < peaks["e3va"] < 0.75 * peaks["adapter"] < 0.75 * peaks["full"]
 
 
+def test_gradients_that_were_there_are_put_aside():
+    model, optimizer, x = small()
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    before = [(p, p.grad) for p in model.parameters()]
+    book = ledger(model, optimizer, lambda: model(x).sum(), [x])
+    assert all(p.grad is grad and (grad == 1).all() for p, grad in before)
+    assert book.curve["gradients"][0] == 0 and book.largest["gradients"] == sum(p.nbytes for p in model.parameters())
+
+
 @pytest.mark.parametrize("step", ["forward", "backward"])
 def test_the_model_is_left_as_it_was_when_the_step_raises(step):
     model, optimizer, x = small()
