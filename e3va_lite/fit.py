@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import partial
 from multiprocessing import get_context
 
 import torch
@@ -88,7 +89,7 @@ def fit_table(
     """
     available = capacity(gpu) - overhead
     recipes = [with_method(recipe, spec, checkpointing) for spec in specs]
-    found = in_parallel(_largest, [(one, size, available) for one in recipes], "fit")
+    found = in_parallel([partial(_largest, one, size, available) for one in recipes], "fit")
     rows = [
         {"method": spec, "batch_size": batch, "peak": peak, "available": available}
         for spec, (batch, peak) in zip(specs, found, strict=True)
@@ -119,12 +120,12 @@ def dry_peak(recipe: Recipe, size: tuple[int, int], batch: int) -> int:
     return memory_of(replace(recipe, batch=batch), size, torch.device("cpu"), dry_run=True).peak
 
 
-def in_parallel(function: Callable, arguments: list[tuple], name: str) -> list:
-    """``[function(*a) for a in arguments]`` in a few processes: dry runs are Python from end to end."""
-    if len(arguments) < 4:  # a process takes seconds to come to life
-        return [function(*a) for a in tqdm(arguments, name, delay=3)]
+def in_parallel(calls: list[Callable], name: str) -> list:
+    """``[call() for call in calls]`` in a few processes: dry runs are Python from end to end."""
+    if len(calls) < 4:  # a process takes seconds to come to life
+        return [call() for call in tqdm(calls, name, delay=3)]
     with ProcessPoolExecutor(WORKERS, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        futures = [pool.submit(function, *a) for a in arguments]
+        futures = [pool.submit(call) for call in calls]
         try:
             return [future.result() for future in tqdm(futures, name, delay=3)]
         except BaseException:

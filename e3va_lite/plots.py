@@ -7,7 +7,7 @@ import seaborn as sns
 
 from .memory import CATEGORIES, PHASES
 
-COLOURS = {"full": "#8c8c8c", "fixed": "#b7c9e2", "adapter": "#e0a458"}  # all others: the highway's
+COLOURS = {"full": "#8c8c8c", "fixed": "#b7c9e2", "adapter": "#e0a458"}  # the last for all that train inside
 HIGHWAY = "#2a7f62"
 MIB = 2**20
 
@@ -36,7 +36,7 @@ PANELS = (
 
 def colour(method: str) -> str:
     """The method's colour in all figures."""
-    return COLOURS.get(method.split(":")[0], HIGHWAY)
+    return HIGHWAY if method.startswith("e3va") else COLOURS.get(method.split(":")[0], COLOURS["adapter"])
 
 
 def compare_figure(result: dict, path: Path) -> None:
@@ -153,7 +153,7 @@ def _savings(tables: dict) -> plt.Figure | None:
     for axis, (title, rows) in zip(axes[0], panels, strict=True):
         rows = [row for row in rows if "saved" in row["cells"]]
         _beside(axis, [row["row"] for row in rows], [row["cells"]["saved"] for row in rows], "memory saved, % of full")
-        axis.set_title(title, loc="left", fontsize=10.5)
+        axis.set_title(title, loc="left", fontsize=10.5, pad=26)
     return figure
 
 
@@ -162,10 +162,10 @@ def _hours(tables: dict) -> plt.Figure | None:
     tasks = [task for task in (rows[0]["cells"] if rows else ()) if rows[0]["cells"][task]["ours"] is not None]
     if not tasks:
         return None
-    figure, axes = plt.subplots(1, len(tasks), figsize=(4.2 * len(tasks), 4.6), squeeze=False, sharey=True)
+    figure, axes = plt.subplots(1, len(tasks), figsize=(4.6 * len(tasks), 4.8), squeeze=False)
     for axis, task in zip(axes[0], tasks, strict=True):
         _beside(axis, [row["row"] for row in rows], [row["cells"][task] for row in rows], "time, % of full")
-        axis.set_title(f"Table 3: {task}", loc="left", fontsize=10.5)
+        axis.set_title(f"Table 3: {task}", loc="left", fontsize=10.5, pad=26)
     return figure
 
 
@@ -202,5 +202,5 @@ def _beside(axis: plt.Axes, names: list[str], cells: list[dict], label: str) -> 
     axis.plot([cell["printed"] for cell in cells], names, "D", ms=5, color="0.1", label="printed")
     axis.invert_yaxis()
     axis.set_xlabel(label, fontsize=9, color="0.3")
-    axis.legend(loc="lower right", frameon=True, framealpha=0.9, fontsize=8.5)
+    axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=8.5)
     sns.despine(ax=axis)

@@ -9,7 +9,7 @@ The hours of Table 3 become shares of full fine-tuning, beside measured shares o
 import json
 import math
 import warnings
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -75,9 +75,7 @@ def parameter_table(backbone: str) -> dict:
     table = printed().get({SWIN_L: "table1", SWIN_B: "table2"}.get(backbone.split(".")[0]), {})
     rows = []
     for method in METHODS:
-        with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # a rank that is not low counts all the same
-            count = trainable_parameters(build_backbone(method, backbone))
+        count = _trainable(backbone, method)
         millions = table[method][0] if table else None
         note = WHAT_IS_TRAINED[method]
         if millions is not None and abs(count / 1e6 - millions) > 0.0051:  # more than rounding to two places can hide
@@ -100,7 +98,10 @@ def paper_tables(numbers: list[int], times: Path = TIMES) -> dict:
         percentage points. Cells of Table 4 are true or false; ``table4`` has ``agree`` and ``cells``, counts, and each
         of its rows ``need_mb``.
     """
-    peaks = _peaks(_jobs(numbers))
+    counted = [
+        (_body(t, row), row.split()[0]) for t in ("table1", "table2") if int(t[-1]) in numbers for row in _rows(t)
+    ]
+    peaks, counts = _dry_runs(_jobs(numbers), counted)
     tables: dict = {
         "conventions": {
             "sizes": {task: list(size) for task, size in SIZES.items()},
@@ -111,10 +112,10 @@ def paper_tables(numbers: list[int], times: Path = TIMES) -> dict:
         }
     }
     if 1 in numbers:
-        rows = _memory_rows("table1", "voc", SWIN_L, peaks)
+        rows = _memory_rows("table1", "voc", peaks, counts)
         tables["table1"] = {"title": "Table 1: Swin-L, memory of RetinaNet on VOC", "rows": rows}
     if 2 in numbers:
-        rows = _memory_rows("table2", "coco", SWIN_B, peaks)
+        rows = _memory_rows("table2", "coco", peaks, counts)
         tables["table2"] = {"title": "Table 2: Swin-B, Cascade Mask R-CNN on COCO", "rows": rows}
     if 3 in numbers:
         rows = _time_rows(times)
@@ -173,7 +174,7 @@ Job = tuple[str, str, str, int]  # task, backbone, method, batch
 def _jobs(numbers: list[int]) -> list[Job]:
     jobs: list[Job] = []
     if 2 in numbers or 4 in numbers:  # Table 4 is explained with the figures of Table 2
-        jobs += [("coco", SWIN_L if "Swin-L" in row else SWIN_B, row.split()[0], BATCH) for row in _rows("table2")]
+        jobs += [("coco", _body("table2", row), row.split()[0], BATCH) for row in _rows("table2")]
     if 4 in numbers:
         jobs += [("coco", SWIN_L, method, batch) for method in _rows("table4") for batch in (1, 2)]
     if 1 in numbers:
@@ -181,14 +182,23 @@ def _jobs(numbers: list[int]) -> list[Job]:
     return list(dict.fromkeys(jobs))
 
 
-def _peaks(jobs: list[Job], sizes: dict[str, tuple[int, int]] = SIZES) -> dict[Job, float]:
-    """MB of each job's training step, without the overhead."""
-    arguments = []
+def _dry_runs(
+    jobs: list[Job], counted: list[tuple[str, str]] = (), sizes: dict[str, tuple[int, int]] = SIZES
+) -> tuple[dict[Job, float], dict[tuple[str, str], int]]:
+    """MB of each job's training step, without the overhead; trainable parameters of each backbone and method."""
+    calls = []
     for task, backbone, method, batch in jobs:
         recipe = load_recipe(task, {"backbone": backbone, "method": method, "pretrained": False})
-        arguments.append((recipe, sizes[task], batch))
-    found = in_parallel(dry_peak, arguments, "dry runs") if jobs else []
-    return {job: peak / MIB for job, peak in zip(jobs, found, strict=True)}
+        calls.append(partial(dry_peak, recipe, sizes[task], batch))
+    found = in_parallel([*calls, *(partial(_trainable, *pair) for pair in counted)], "dry runs")
+    peaks = {job: peak / MIB for job, peak in zip(jobs, found[: len(jobs)], strict=True)}
+    return peaks, dict(zip(counted, found[len(jobs) :], strict=True))
+
+
+def _trainable(backbone: str, method: str) -> int:
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a rank that is not low counts all the same
+        return trainable_parameters(build_backbone(method, backbone))
 
 
 def _rows(table: str) -> list[str]:
@@ -199,18 +209,22 @@ def _column(table: str, row: str, column: str) -> float:
     return printed()[table][row][printed()[table]["columns"].index(column)]
 
 
-def _memory_rows(table: str, task: str, backbone: str, peaks: dict[Job, float]) -> list[dict]:
-    counts = {row["method"]: row["trainable"] for row in parameter_table(backbone)["rows"]}
-    overhead = OVERHEAD / MIB
+def _body(table: str, row: str) -> str:
+    return SWIN_L if table == "table1" or "Swin-L" in row else SWIN_B
+
+
+def _memory_rows(table: str, task: str, peaks: dict[Job, float], counts: dict[tuple[str, str], int]) -> list[dict]:
+    backbone, overhead = _body(table, "full"), OVERHEAD / MIB
     whole = peaks[task, backbone, "full", BATCH] + overhead
     rows = []
     for row in _rows(table):
-        method, body = row.split()[0], SWIN_L if "Swin-L" in row else backbone
-        count = counts[method] if body == backbone else _trainable(body, method)
+        method, body = row.split()[0], _body(table, row)
         ours = peaks[task, body, method, BATCH] + overhead
         memory = _column(table, row, "memory")
         cells = {
-            "parameters": _cell(_column(table, row, "parameters"), round(count / 1e6, 2), "counted, millions"),
+            "parameters": _cell(
+                _column(table, row, "parameters"), round(counts[body, method] / 1e6, 2), "counted, millions"
+            ),
             "memory": _cell(memory, round(ours), "dry run, MB"),
         }
         note = ""
@@ -227,11 +241,6 @@ def _memory_rows(table: str, task: str, backbone: str, peaks: dict[Job, float]) 
             cells[column] = _cell(_column(table, row, column), None, "not measured: takes the dataset and weeks")
         rows.append({"row": row, "cells": cells, "note": note})
     return rows
-
-
-def _trainable(backbone: str, method: str) -> int:
-    with torch.device("meta"):
-        return trainable_parameters(build_backbone(method, backbone))
 
 
 def _why(table: str, method: str, task: str, backbone: str, difference: float) -> str:
@@ -331,7 +340,7 @@ def fit_conventions(sizes: list[tuple[int, int]]) -> dict:
     """
     rows = []
     for size in sizes:
-        peaks = _peaks(_jobs([2, 4]), {"coco": size})
+        peaks, _ = _dry_runs(_jobs([2, 4]), sizes={"coco": size})
         ours = [peaks[job] for job in _jobs([2])]
         paper = [_column("table2", row, "memory") for row in _rows("table2")]
         row: dict = {"size": list(size)}

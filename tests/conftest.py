@@ -2,8 +2,16 @@ import json
 import os
 from pathlib import Path
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # tests run side by side: a thread each
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
+
+
+def pytest_xdist_auto_num_workers(config) -> int:
+    """Two workers; evidence measures, and so runs alone."""
+    return 0 if config.option.markexpr == "evidence" else 2
 
 
 @pytest.fixture(scope="session")

@@ -78,13 +78,21 @@ def printed_peaks() -> dict:
     return peaks
 
 
+def plant(monkeypatch, peaks):
+    def dry_runs(jobs, counted):
+        return {job: peaks[job] for job in jobs}, dict.fromkeys(counted, 1_234_567)
+
+    monkeypatch.setattr(tables, "_dry_runs", dry_runs)
+
+
 def test_tables_of_a_world_in_which_the_paper_is_right(monkeypatch):
-    monkeypatch.setattr(tables, "_peaks", lambda jobs, sizes=None: {job: printed_peaks()[job] for job in jobs})
+    plant(monkeypatch, printed_peaks())
     result = paper_tables([1, 2, 4])
     for table in ("table1", "table2"):
         rows = {row["row"]: row for row in result[table]["rows"]}
         assert len(rows) == (12 if table == "table1" else 13)
         for name, row in rows.items():
+            assert row["cells"]["parameters"]["ours"] == 1.23
             if name != "e3va on Swin-L":  # Table 4's peak is in its place here
                 assert row["cells"]["memory"]["difference"] == 0, name
             if "saved" in row["cells"]:
@@ -99,7 +107,7 @@ def test_what_differs_is_explained(monkeypatch):
     peaks["coco", SWIN_B, "e3va", 2] += 3000
     peaks["coco", SWIN_B, "norm", 2] += 3000
     peaks["coco", SWIN_L, "full", 2] = 31000
-    monkeypatch.setattr(tables, "_peaks", lambda jobs, sizes=None: {job: peaks[job] for job in jobs})
+    plant(monkeypatch, peaks)
     result = paper_tables([2, 4])
     notes = {row["row"]: row["note"] for row in result["table2"]["rows"]}
     # The taps of Swin-B for two images of 800x1344, by hand: two per block, 4 bytes a number.
@@ -141,7 +149,7 @@ def test_table_3_stands_beside_measured_shares(tmp_path):
 
 
 def test_figures_of_the_tables(monkeypatch, tmp_path):
-    monkeypatch.setattr(tables, "_peaks", lambda jobs, sizes=None: {job: printed_peaks()[job] for job in jobs})
+    plant(monkeypatch, printed_peaks())
     times(tmp_path / "times")
     arguments = ["tables", "--times", str(tmp_path / "times"), "--figures", str(tmp_path / "out")]
     assert CliRunner().invoke(cli, arguments).exit_code == 0
