@@ -188,6 +188,9 @@ class _DryRun(TorchDispatchMode):
             return fake.fake_device
         if func in _PICKING:
             args = (args[0], list(_as_numbers(args[1])), *args[2:])
+        elif func in _LIKE_FIRST and not any((kwargs or {}).get(key) for key in ("dtype", "device")):
+            with in_kernel_invocation_manager(fake.fake_mode):
+                return FakeTensor(fake.fake_mode, torch.empty_like(args[0]), fake.fake_device)
         elif func in _PLAIN and all(isinstance(x, FakeTensor) for x in args if isinstance(x, Tensor)):
             with in_kernel_invocation_manager(fake.fake_mode):
                 result = func(*args, **(kwargs or {}))
@@ -201,13 +204,16 @@ _IN_PLACE_ON_LISTS = {
     aten._foreach_lerp_.Scalar, aten._foreach_mul_.Scalar, aten._foreach_addcmul_.Scalar, aten._foreach_add_.Scalar,
     aten._foreach_div_.ScalarList, aten._foreach_addcdiv_.ScalarList,
 }  # fmt: skip
+_LIKE_FIRST = {  # one result, of the first argument's shape
+    aten.gelu.default, aten.gelu_backward.default, aten._softmax.default, aten._softmax_backward_data.default,
+    aten.zeros_like.default,
+}  # fmt: skip
 _PLAIN = {
     aten.view.default, aten._unsafe_view.default, aten.t.default, aten.transpose.int, aten.permute.default,
     aten.expand.default, aten.select.int, aten.squeeze.dim, aten.unsqueeze.default, aten.detach.default,
     aten.clone.default, aten.add.Tensor, aten.mul.Tensor, aten.mm.default,
-    aten.bmm.default, aten.addmm.default, aten.sum.dim_IntList, aten.gelu.default, aten.gelu_backward.default,
-    aten.native_layer_norm.default, aten.native_layer_norm_backward.default, aten._softmax.default,
-    aten._softmax_backward_data.default,
+    aten.bmm.default, aten.addmm.default, aten.sum.dim_IntList,
+    aten.native_layer_norm.default, aten.native_layer_norm_backward.default,
 }  # fmt: skip
 
 
