@@ -54,9 +54,18 @@ class LowRankAdapter(nn.Module):
         self.up = LowRankLinear(middle, dim, rank)
         self.up.zero()
 
+    def bottleneck(self, x: Tensor) -> Tensor:
+        """All but U's outer factor: ``t_U GeLU(D(x))``; (..., n) -> (..., 2 alpha)."""
+        return F.linear(F.gelu(self.down(x)), self.up.t)
+
+    @property
+    def outer(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """U's outer factor (n, 2 alpha) and bias (n,)."""
+        return self.up.s, self.up.b
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., n) -> (..., n)"""
-        return x + self.up(F.gelu(self.down(x)))
+        return x + F.linear(self.bottleneck(x), *self.outer)
 
 
 class StandardAdapter(nn.Module):
@@ -77,9 +86,18 @@ class StandardAdapter(nn.Module):
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
 
+    def bottleneck(self, x: Tensor) -> Tensor:
+        """``GeLU(D(x))``; (..., n) -> (..., m)."""
+        return F.gelu(self.down(x))
+
+    @property
+    def outer(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """U's weight (n, m) and bias (n,)."""
+        return self.up.weight, self.up.bias
+
     def change(self, x: Tensor) -> Tensor:
         """The adapter without its skip, for the methods that add it elsewhere; (..., n) -> (..., n)."""
-        return self.up(F.gelu(self.down(x)))
+        return self.up(self.bottleneck(x))
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., n) -> (..., n)"""

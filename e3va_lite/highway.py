@@ -15,8 +15,9 @@ import torch
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
+from . import fast
 from .adapters import LowRankAdapter, StandardAdapter
-from .errors import unknown
+from .errors import InputError, unknown
 from .swin import FPNNorms, embed, f_p1, f_p2, freeze, stage_dims
 
 # Figure 3 and the words around it. Each takes e, the taps f1 and f2 and the block's two adapters.
@@ -28,6 +29,7 @@ STRUCTURES = {
 ADAPTERS = {"low_rank": LowRankAdapter, "standard": StandardAdapter}
 REDUCTIONS = ("inherited", "trainable")
 FPN_INPUTS = ("e", "e+l")
+MEMORY = ("store", "compress", "recompute", "reference")
 
 
 class E3VA(nn.Module):
@@ -44,6 +46,10 @@ class E3VA(nn.Module):
             trained (Table 6).
         fpn_norm_trainable: Whether the norms before the neck are trained (Table 6).
         fpn_input: What the norms see: the highway ``e``, or ``e+l``.
+        memory: How a parallel highway is computed: ``store``, ``compress`` or ``recompute`` say what happens to the
+            taps until the backward pass, see :mod:`e3va_lite.fast`; ``reference`` computes equations (7) and (8)
+            word for word and leaves the rest to autograd, and is the only way for ``stacked`` and ``chained``.
+            If not given, ``store`` where it can be.
 
     Attributes:
         out_channels: Channels of each map.
@@ -63,19 +69,29 @@ class E3VA(nn.Module):
         reduction: str = "inherited",
         fpn_norm_trainable: bool = True,
         fpn_input: str = "e",
+        memory: str | None = None,
     ) -> None:
         super().__init__()
+        if memory is None:
+            memory = "store" if structure == "parallel" else "reference"
         for kind, value, known in (
             ("structure", structure, STRUCTURES),
             ("adapter", adapter, ADAPTERS),
             ("reduction", reduction, REDUCTIONS),
             ("fpn_input", fpn_input, FPN_INPUTS),
+            ("memory", memory, MEMORY),
         ):
             if value not in known:
                 raise unknown(kind, value, known)
+        if structure != "parallel" and memory != "reference":
+            raise InputError(
+                f"memory={memory} needs the one gradient that parallel adapters share: with structure={structure} only "
+                "memory=reference is possible."
+            )
         self.swin = freeze(swin)
         self.join = STRUCTURES[structure]
         self.fpn_input = fpn_input
+        self.memory = memory
         self.last_stage = max(stages)
         sizes = (
             {"rank": rank, "middle": middle} if adapter == "low_rank" else {"middle": 32 if middle is None else middle}
@@ -102,15 +118,26 @@ class E3VA(nn.Module):
         self.swin.eval()  # frozen is a mode too: no stochastic depth on the stream
         return self
 
+    def reduction(self, index: int) -> nn.Module:
+        """What the highway passes before stage ``index`` (from 0); before the first it is the identity."""
+        return self.swin.layers[index].downsample if self.reductions is None else self.reductions[index]
+
+    def norm(self, index: int) -> nn.Module | None:
+        """The norm behind stage ``index`` (from 0), if its map is consumed."""
+        return self.norms[str(index + 1)] if str(index + 1) in self.norms else None
+
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) -> one map (B, C_i, ceil(H/s_i), ceil(W/s_i)) per consumed stage."""
+        return self.reference(images) if self.memory == "reference" else fast.run(self, images)
+
+    def reference(self, images: Tensor) -> list[Tensor]:
+        """The same, equations (7) and (8) word for word."""
         with torch.no_grad():
             l = embed(self.swin, images)  # noqa: E741  (B, H/4, W/4, C), the paper's letter
         e = l
         maps = {}
         for index, (stage, adapters) in enumerate(zip(self.swin.layers, self.adapters, strict=False)):
-            reduce = stage.downsample if self.reductions is None else self.reductions[index]
-            e = reduce(e)  # the gradient passes these layers ...
+            e = self.reduction(index)(e)  # the gradient passes these layers ...
             with torch.no_grad():
                 l = stage.downsample(l)  # noqa: E741  ... and never these
             for block, (a1, a2) in zip(stage.blocks, adapters, strict=True):

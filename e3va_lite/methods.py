@@ -182,6 +182,7 @@ def e3va(
     reduction="inherited",
     fpn_norm="trainable",
     fpn_input="e",
+    memory=None,
 ) -> nn.Module:
     """Adapters on the gradient highway: no gradient enters the backbone."""
     narrowest = swin.layers[0].blocks[0].dim
@@ -191,7 +192,7 @@ def e3va(
             f"rank={rank} is no longer low: two branches of it span the middle dimension {width} of the first stage.",
             stacklevel=3,
         )
-    return E3VA(swin, stages, structure, adapter, rank, middle, reduction, fpn_norm == "trainable", fpn_input)
+    return E3VA(swin, stages, structure, adapter, rank, middle, reduction, fpn_norm == "trainable", fpn_input, memory)
 
 
 def e3va_plus(swin: SwinTransformer, stages, rank=16, **options) -> nn.Module:

@@ -1,0 +1,30 @@
+"""Numbers in 8 bits: what ``memory="compress"`` keeps of the taps.
+
+A few dozen neighbouring channels of a token share one scale, so that a single large value costs its neighbours their
+precision and nobody else's. A tap is only ever read again to compute gradients of adapters: the forward pass sees exact
+values, and a rounding error does not add up over the layers.
+"""
+
+import torch
+from torch import Tensor
+
+BLOCK = 64  # channels that share a scale, at most
+
+
+def block_of(channels: int) -> int:
+    """The largest divisor of the number of channels that is not above ``BLOCK``."""
+    return max(size for size in range(1, BLOCK + 1) if channels % size == 0)
+
+
+def pack(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(..., C) -> codes (..., C) in int8 and scales (..., C / block) in bfloat16: x is about code times scale."""
+    blocks = x.unflatten(-1, (-1, block_of(x.shape[-1])))
+    scales = (blocks.abs().amax(dim=-1) * (1.01 / 127)).bfloat16()  # not below the largest value when rounded
+    steps = scales.float().clamp(min=torch.finfo(torch.bfloat16).tiny)
+    return (blocks / steps[..., None]).round().to(torch.int8).flatten(-2), scales
+
+
+def unpack(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """The inverse of :func:`pack`, up to rounding: at most half a scale."""
+    blocks = codes.unflatten(-1, (scales.shape[-1], -1))
+    return (blocks * scales.to(dtype)[..., None]).flatten(-2)

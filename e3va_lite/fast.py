@@ -1,0 +1,194 @@
+"""The parallel highway at the price of a frozen backbone: what :mod:`e3va_lite.highway` says, computed otherwise.
+
+Let ``h_1 ... h_K`` be the taps of a stage, two per block, and ``A_k(h) = h + S_k z_k + b_k`` its adapters, where ``z_k``
+is the adapter as far as the outer factor ``S_k`` of its up-projection. Equation (8), added up over the stage, is
+
+    e_out = l_out + (e_in - l_in) + [S_1 ... S_K] [z_1; ...; z_K] + b_1 + ... + b_K
+
+because by equation (7) the taps themselves add up to ``l_out - l_in``. So all up-projections of a stage are one product.
+On the way back all adapters of the stage receive one and the same gradient ``g = dL/de_out``, known before any of its
+taps is needed. A tap is needed once, to bring its ``z_k`` back to life, and may come from anywhere:
+
+- ``store``: it was kept;
+- ``compress``: it was kept in 8 bits;
+- ``recompute``: it was not kept; the stream runs once more, and the taps come by again.
+
+Autograd sees one node for the whole highway; the order of the backward pass is this file's. What happens inside an
+adapter, a reduction or a norm is left to autograd, on little graphs that end where the stream begins.
+"""
+
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from . import stream
+from .eightbit import pack, unpack
+from .swin import embed
+
+Gradients = dict[nn.Parameter, Tensor]
+
+
+def run(highway: nn.Module, images: Tensor) -> list[Tensor]:
+    """The maps for the neck of a parallel :class:`e3va_lite.highway.E3VA`, in one of its ways with memory."""
+    trained = [p for p in highway.parameters() if p.requires_grad]
+    if trained and torch.is_grad_enabled():
+        return list(_Highway.apply(highway, images, *trained))
+    with torch.no_grad():
+        return _forward(highway, images, memory=None)[0]
+
+
+class _Highway(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, highway: nn.Module, images: Tensor, *trained: nn.Parameter) -> tuple[Tensor, ...]:
+        maps, kept = _forward(highway, images, highway.memory)
+        leaves, ctx.layout = tree_flatten(kept)
+        ctx.save_for_backward(*leaves, *trained)
+        ctx.highway, ctx.memory, ctx.trained, ctx.precision = highway, highway.memory, trained, _precision(images)
+        return tuple(maps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        leaves = ctx.saved_tensors[: ctx.layout.num_leaves]  # an error if a trained parameter was changed since
+        kept = tree_unflatten(leaves, ctx.layout)
+        with ctx.precision:
+            found = _backward(ctx.highway, ctx.memory, kept, gradients)
+        return None, None, *(found.get(p) for p in ctx.trained)
+
+
+def _forward(highway: nn.Module, images: Tensor, memory: str | None) -> tuple[list[Tensor], dict]:
+    """The maps for the neck, and what the backward pass will ask for (nothing if ``memory`` is None)."""
+    maps, kept = [], {"images": images, "e": [], "mapped": [], "taps": []}
+    e = l = embed(highway.swin, images)  # noqa: E741  (B, H, W, C), the paper's letter
+    for index, (stage, adapters) in enumerate(zip(highway.swin.layers, highway.adapters, strict=False)):
+        e, l = highway.reduction(index)(e), stage.downsample(l)  # noqa: E741
+        change = e - l
+        outer, bias, columns = _side_by_side(adapters)
+        z = l.new_empty(l[..., 0].numel(), outer.shape[1], dtype=stream.tap_dtype(l))  # (T, all bottlenecks)
+        taps: list[Tensor] = []
+        for block, rows, pair in stream.run(stage, l):
+            for place, tap in enumerate(pair):
+                z[rows, columns[block][place]] = adapters[block][place].bottleneck(tap)
+                if memory in ("store", "compress"):
+                    _put(taps, len(adapters), len(z), (block, place, rows), _packed(tap, memory))
+        e = l + change + F.linear(z, outer, bias).view_as(l)
+        mapped = e if highway.fpn_input == "e" else e + l
+        if (norm := highway.norm(index)) is not None:
+            maps.append(norm(mapped).permute(0, 3, 1, 2).contiguous())
+        if memory is not None:
+            kept["taps"].append(taps)
+            kept["e"].append(_packed(e, memory))
+            kept["mapped"].append(kept["e"][-1] if mapped is e else _packed(mapped, memory))
+    return maps, kept
+
+
+def _backward(highway: nn.Module, memory: str, kept: dict, gradients: tuple[Tensor, ...]) -> Gradients:
+    """Gradients of everything that is trained, from those of the maps."""
+    found: Gradients = {}
+    shared = _shared_gradients(highway, memory, kept, list(gradients), found)
+    l = embed(highway.swin, kept["images"]) if memory == "recompute" else None  # noqa: E741
+    for stage, adapters, taps in zip(highway.swin.layers, highway.adapters, kept["taps"], strict=False):
+        g = shared.pop(0).flatten(0, 2)  # (T, C)
+        outer, _, columns = _side_by_side(adapters)
+        z, of_z = g.new_empty(len(g), outer.shape[1]), g @ outer
+        if memory == "recompute":
+            l = stage.downsample(l)  # noqa: E741
+        for block, rows, pair in stream.run(stage, l) if memory == "recompute" else _again(taps, memory, g):
+            with torch.enable_grad():
+                live = [adapter.bottleneck(tap) for adapter, tap in zip(adapters[block], pair, strict=True)]
+            _pull(live, [of_z[rows, column] for column in columns[block]], adapters[block], found)
+            for column, x in zip(columns[block], live, strict=True):
+                z[rows, column] = x.detach()
+        of_outer, of_bias = z.t() @ g, g.sum(dim=0)
+        for column, adapter in zip(_flat(columns), _flat(adapters), strict=True):
+            weight, bias = adapter.outer
+            found[weight], found[bias] = of_outer[column].t(), of_bias
+    return found
+
+
+def _shared_gradients(
+    highway: nn.Module, memory: str, kept: dict, of_maps: list[Tensor], found: Gradients
+) -> list[Tensor]:
+    """``dL/de_out`` of every stage: what its map's gradient says, and through the reduction the next stage's."""
+    shared: list[Tensor] = []
+    for index in reversed(range(len(highway.adapters))):
+        terms = []
+        if (norm := highway.norm(index)) is not None:
+            of_map = of_maps.pop().permute(0, 2, 3, 1)
+            terms.append(_through(norm, _unpacked(kept["mapped"][index], memory, of_map.dtype), of_map, found))
+        if shared:
+            e = _unpacked(kept["e"][index], memory, shared[0].dtype)
+            terms.append(_through(highway.reduction(index + 1), e, shared[0], found))
+        shared.insert(0, sum(terms))
+    return shared
+
+
+def _through(module: nn.Module, x: Tensor, of_y: Tensor, found: Gradients) -> Tensor:
+    """The gradient of the input of ``y = module(x)``; those of the module's parameters join what was found."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        y = module(x)
+    return _pull([y], [of_y], module, found, x)
+
+
+def _pull(
+    outputs: list[Tensor], of_outputs: list[Tensor], owner: nn.Module, found: Gradients, x: Tensor | None = None
+) -> Tensor | None:
+    """Autograd's part: from gradients of outputs to those of the owner's parameters, and of x."""
+    trained = [p for p in owner.parameters() if p.requires_grad]
+    inputs = trained if x is None else [*trained, x]
+    if not any(y.requires_grad for y in outputs):
+        return None
+    of_outputs = [g.to(y.dtype) for g, y in zip(of_outputs, outputs, strict=True)]
+    gradients = torch.autograd.grad(outputs, inputs, of_outputs, allow_unused=True)
+    for p, gradient in zip(trained, gradients, strict=False):
+        if gradient is not None:
+            found[p] = gradient if p not in found else found[p].add_(gradient)
+    return None if x is None else gradients[-1]
+
+
+def _side_by_side(adapters: nn.ModuleList) -> tuple[Tensor, Tensor, list[list[slice]]]:
+    """The stage's outer factors as one (C, all bottlenecks), its biases' sum, and the columns by block and place."""
+    outer, bias = zip(*(adapter.outer for adapter in _flat(adapters)), strict=True)
+    ends = torch.tensor([0, *(weight.shape[1] for weight in outer)]).cumsum(0).tolist()
+    columns = [slice(*pair) for pair in zip(ends, ends[1:], strict=False)]
+    return torch.cat(outer, dim=1), torch.stack(bias).sum(dim=0), list(zip(columns[::2], columns[1::2], strict=True))
+
+
+def _flat(pairs) -> list:
+    return [one for pair in pairs for one in pair]
+
+
+def _packed(x: Tensor, memory: str) -> tuple[Tensor, ...]:
+    return pack(x) if memory == "compress" else (x,)
+
+
+def _unpacked(parts: tuple[Tensor, ...], memory: str, dtype: torch.dtype) -> Tensor:
+    return unpack(*parts, dtype) if memory == "compress" else parts[0]
+
+
+def _put(taps: list[Tensor], blocks: int, tokens: int, where: tuple, parts: tuple[Tensor, ...]) -> None:
+    """Write a part of a tap to its place, (blocks, 2, T, ...)."""
+    if not taps:
+        taps += [part.new_empty(blocks, 2, tokens, *part.shape[1:]) for part in parts]
+    for whole, part in zip(taps, parts, strict=True):
+        whole[where] = part
+
+
+def _again(taps: list[Tensor], memory: str, like: Tensor) -> stream.Taps:
+    """Kept taps in the order in which they came."""
+    for block in range(len(taps[0])):
+        for rows in stream.slices(like):
+            yield block, rows, [_unpacked([t[block, place, rows] for t in taps], memory, like.dtype) for place in (0, 1)]
+
+
+def _precision(images: Tensor) -> object:
+    """Autocast as it is now, for the backward pass; its cache of casts is none of a custom function's."""
+    kind = images.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return nullcontext()
+    return torch.autocast(kind, torch.get_autocast_dtype(kind), cache_enabled=False)
