@@ -5,6 +5,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -55,6 +56,12 @@ device_option = click.option(
     "--device", default=None, help="cpu, cuda, cuda:1, ...  [default: cuda where there is one]"
 )
 best = click.option("--best", is_flag=True, help="The checkpoint with the best metric.  [default: the last one]")
+memory_option = click.option(
+    "--memory",
+    "mode",
+    type=click.Choice(["store", "compress", "recompute", "reference"]),
+    help="What methods of the E3VA family do with their taps.",
+)
 weights_option = click.option("--weights", help="File of the pretrained weights, where it is elsewhere now.")
 settings = click.option(
     "--set", "settings", multiple=True, metavar="FIELD=VALUE", help="Override a field of the recipe; may be repeated."
@@ -95,16 +102,18 @@ def params(backbone: str, as_json: bool) -> None:
 @settings
 @click.option("--data", type=PATH, default="data/shapes-voc", show_default=True, help="For the generated scenes.")
 @click.option("--out", type=PATH, default="runs/compare", show_default=True)
+@memory_option
 @device_option
 @overwrite
 @as_json
-def compare(methods, seeds, root, recipe, settings, data, out, device, overwrite, as_json) -> None:
+def compare(methods, seeds, root, recipe, settings, data, out, mode, device, overwrite, as_json) -> None:
     """The main job: tune one small detector in several ways and compare accuracy, memory and time.
 
     A comparison that was cut off goes on where it was when the same command is given again.
     """
     from .compare import METHODS, as_text
     from .compare import compare as run
+    from .costs import with_memory
     from .plots import compare_figure
 
     *files, partial = [out.with_name(out.name + ending) for ending in (".json", ".png", ".partial")]
@@ -112,7 +121,7 @@ def compare(methods, seeds, root, recipe, settings, data, out, device, overwrite
         if file.exists() and not overwrite:
             raise InputError(f"'{file}' exists: choose another --out or pass --overwrite.")
     loaded = _recipe(recipe or ("voc-nano" if root else "shapes"), settings)
-    result = run(loaded, methods or METHODS, seeds, root, data, partial, _device(device))
+    result = run(loaded, with_memory(methods or METHODS, mode), seeds, root, data, partial, _device(device))
     out.parent.mkdir(parents=True, exist_ok=True)
     files[0].write_text(json.dumps(result, indent=2) + "\n")
     compare_figure(result, files[1])
@@ -170,6 +179,7 @@ def _cost_options(batch: bool) -> Callable:
         click.option("--size", metavar="HxW", help="Of the images, in pixels.  [default: the recipe's largest]"),
         click.option("--precision", help="float32, bfloat16 or float16.  [default: the recipe's]"),
         click.option("--checkpointing", is_flag=True, help="Gradient checkpointing, for the methods that have it."),
+        memory_option,
         settings,
     ]
     if batch:
@@ -202,17 +212,17 @@ def _costed(recipe, backbone, size, precision, settings, batch_size=None) -> tup
 @overwrite
 @as_json
 def memory(
-    recipe, backbone, methods, size, precision, checkpointing, settings, batch_size, dry_run, modules, figure, device,
-    overwrite, as_json,
+    recipe, backbone, methods, size, precision, checkpointing, mode, settings, batch_size, dry_run, modules, figure,
+    device, overwrite, as_json,
 ) -> None:  # fmt: skip
     """Where the memory of one training step goes: parameters, gradients, optimiser, activations, temporaries."""
-    from .costs import memory_table, memory_text, split_methods
+    from .costs import memory_table, memory_text, split_methods, with_memory
     from .plots import memory_figure
 
     _new(figure, overwrite)
     loaded, size = _costed(recipe, backbone, size, precision, settings, batch_size)
     where = _device(device) if device or not dry_run else torch.device("cpu")
-    table = memory_table(loaded, split_methods(methods), size, where, dry_run, checkpointing)
+    table = memory_table(loaded, with_memory(split_methods(methods), mode), size, where, dry_run, checkpointing)
     click.echo(json.dumps(table, indent=2) if as_json else memory_text(table, modules))
     if figure:
         memory_figure(table, figure)
@@ -225,13 +235,14 @@ def memory(
 @device_option
 @as_json
 def time(
-    recipe, backbone, methods, size, precision, checkpointing, settings, batch_size, rounds, device, as_json
+    recipe, backbone, methods, size, precision, checkpointing, mode, settings, batch_size, rounds, device, as_json
 ) -> None:
     """Seconds of forward pass, backward pass and optimiser, all methods in turn; shares of full and fixed."""
-    from .costs import split_methods, time_table, time_text
+    from .costs import split_methods, time_table, time_text, with_memory
 
     loaded, size = _costed(recipe, backbone, size, precision, settings, batch_size)
-    table = time_table(loaded, split_methods(methods), size, _device(device), rounds, checkpointing)
+    specs = with_memory(split_methods(methods), mode)
+    table = time_table(loaded, specs, size, _device(device), rounds, checkpointing)
     click.echo(json.dumps(table, indent=2) if as_json else time_text(table))
 
 
@@ -244,15 +255,15 @@ def time(
     help="MB that go to the CUDA context, libraries and fragmentation.  [default: as in `e3va tables`]",
 )
 @as_json
-def fit(recipe, backbone, methods, size, precision, checkpointing, settings, gpu, overhead, as_json) -> None:
+def fit(recipe, backbone, methods, size, precision, checkpointing, mode, settings, gpu, overhead, as_json) -> None:
     """Will it fit? The largest batch of each method on a card, by dry runs."""
-    from .costs import split_methods
+    from .costs import split_methods, with_memory
     from .fit import MIB, fit_table, fit_text
     from .tables import OVERHEAD
 
     loaded, size = _costed(recipe, backbone, size, precision, settings)
     spent = OVERHEAD if overhead is None else overhead * MIB
-    table = fit_table(loaded, split_methods(methods), size, gpu, spent, checkpointing)
+    table = fit_table(loaded, with_memory(split_methods(methods), mode), size, gpu, spent, checkpointing)
     click.echo(json.dumps(table, indent=2) if as_json else fit_text(table))
 
 
@@ -289,6 +300,7 @@ def _train_command(task: str, help: str) -> None:
     @click.option("--recipe", default=task, show_default=True, help=f"{task}, {task}-nano or a YAML file.")
     @click.option("--method", help="One of the twelve ways of tuning.  [default: the recipe's]")
     @click.option("--backbone", help="swin_nano or one of timm's.  [default: the recipe's]")
+    @memory_option
     @settings
     @click.option("--out", type=PATH, help="Folder of the run.  [default: runs/RECIPE-METHOD]")
     @click.option("--resume", is_flag=True, help="Go on where the run was cut off: same command, and this.")
@@ -296,7 +308,7 @@ def _train_command(task: str, help: str) -> None:
     @strict
     @overwrite
     @as_json
-    def command(root, recipe, method, backbone, settings, out, resume, device, strict, overwrite, as_json) -> None:
+    def command(root, recipe, method, backbone, mode, settings, out, resume, device, strict, overwrite, as_json) -> None:
         from . import distributed
         from .runs import train as run
 
@@ -304,6 +316,8 @@ def _train_command(task: str, help: str) -> None:
             raise InputError("--resume goes on with what is there and --overwrite removes it: give one of the two.")
         chosen = [f"{key}={value}" for key, value in (("method", method), ("backbone", backbone)) if value]
         loaded = _recipe(recipe, (*settings, *chosen), task)
+        if mode:
+            loaded = replace(loaded, options={**loaded.options, "memory": mode})
         out = out or Path("runs") / f"{Path(recipe).stem}-{loaded.method}"
         result = run(root, loaded, out, distributed.start(_device(device)), strict, overwrite, resume)
         distributed.stop()

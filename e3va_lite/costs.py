@@ -6,7 +6,7 @@ of a noisy machine hits all methods alike; shares are taken round by round, and 
 
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -45,6 +45,15 @@ def split_methods(text: str) -> list[str]:
         else:
             specs.append(part.strip())
     return list(METHODS) if specs == ["all"] else list(dict.fromkeys(specs))
+
+
+def with_memory(specs: Iterable[str], mode: str | None) -> list[str]:
+    """The same methods, those of the E3VA family with ``memory=MODE`` unless they say something about it themselves."""
+    ours = [spec.startswith("e3va") and "memory=" not in spec and mode is not None for spec in specs]
+    return [
+        f"{spec}{',' if ':' in spec else ':'}memory={mode}" if add else spec
+        for spec, add in zip(specs, ours, strict=True)
+    ]
 
 
 def memory_of(recipe: Recipe, size: tuple[int, int], device: torch.device, dry_run: bool) -> Ledger:

@@ -18,6 +18,7 @@ adapter, a reduction or a norm is left to autograd, on little graphs that end wh
 """
 
 from contextlib import nullcontext
+from itertools import accumulate, pairwise
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,8 @@ Gradients = dict[nn.Parameter, Tensor]
 
 def run(highway: nn.Module, images: Tensor) -> list[Tensor]:
     """The maps for the neck of a parallel :class:`e3va_lite.highway.E3VA`, in one of its ways with memory."""
-    trained = [p for p in highway.parameters() if p.requires_grad]
+    own = [highway.adapters, highway.norms, *([] if highway.reductions is None else [highway.reductions])]
+    trained = [p for module in own for p in module.parameters() if p.requires_grad]  # and nothing of the backbone
     if trained and torch.is_grad_enabled():
         return list(_Highway.apply(highway, images, *trained))
     with torch.no_grad():
@@ -154,8 +156,7 @@ def _pull(
 def _side_by_side(adapters: nn.ModuleList) -> tuple[Tensor, Tensor, list[list[slice]]]:
     """The stage's outer factors as one (C, all bottlenecks), its biases' sum, and the columns by block and place."""
     outer, bias = zip(*(adapter.outer for adapter in _flat(adapters)), strict=True)
-    ends = torch.tensor([0, *(weight.shape[1] for weight in outer)]).cumsum(0).tolist()
-    columns = [slice(*pair) for pair in zip(ends, ends[1:], strict=False)]
+    columns = [slice(*ends) for ends in pairwise(accumulate((w.shape[1] for w in outer), initial=0))]
     return torch.cat(outer, dim=1), torch.stack(bias).sum(dim=0), list(zip(columns[::2], columns[1::2], strict=True))
 
 

@@ -1,14 +1,16 @@
 """Proof that no gradient reaches the backbone, for the models of this package and for anybody's own.
 
 ``requires_grad=False`` alone proves little: a gradient may still pass through every frozen layer on its way to an
-adapter (that is what makes ordinary adapters expensive), and a flag can be wrong. So there are four proofs, none of
+adapter (that is what makes ordinary adapters expensive), and a flag can be wrong. So there are five proofs, none of
 which relies on another:
 
 1. after a backward pass, no parameter of the backbone has a ``.grad``;
 2. a walk of the autograd graph from the loss meets no parameter of the backbone, and no node that one of its modules
    produced;
-3. an optimiser that is given *every* parameter leaves the backbone equal bit for bit, and moves everything else;
-4. two passes in train mode compute the same stream.
+3. in the backward pass, no operator takes both something computed from the loss's gradient and a weight of the
+   backbone: this looks into custom functions too, which are a single node to a walk of the graph;
+4. an optimiser that is given *every* parameter leaves the backbone equal bit for bit, and moves everything else;
+5. two passes in train mode compute the same stream.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,8 +18,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from .errors import InputError
+from .memory import LiveBytes
 
 SEED = 20241028  # of the random functional: one that nobody draws inputs with, else it could equal them
 STEPS = 3  # with a zero up-projection the down-projection moves at the second step; the third is for good measure
@@ -33,7 +37,7 @@ def assert_isolated(
     backbone: nn.Module | str | None = None,
     loss: Callable[[object], Tensor] | None = None,
 ) -> None:
-    """Prove in four ways that training ``model`` sends no gradient into ``backbone``.
+    """Prove in five ways that training ``model`` sends no gradient into ``backbone``.
 
     The model is run in train mode a few times; its parameters, buffers, gradients and mode, and the random state of its
     devices, are put back.
@@ -61,6 +65,7 @@ def assert_isolated(
         findings = [
             *parameters_with_grad(model, inputs, backbone, loss),
             *reached_by_graph(model, inputs, backbone, loss),
+            *met_in_backward(model, inputs, backbone, loss),
             *moved_by_optimizer(model, inputs, backbone, loss),
             *not_repeatable(model, inputs, backbone),
         ]
@@ -93,6 +98,50 @@ def reached_by_graph(model: nn.Module, inputs: tuple, backbone: nn.Module, loss:
     return sorted(set(findings))
 
 
+def met_in_backward(model: nn.Module, inputs: tuple, backbone: nn.Module, loss: Callable) -> list[str]:
+    """Proof 3: which weights of the backbone does a gradient meet in an operator of the backward pass? None may.
+
+    A gradient that goes on below a layer with weights has been multiplied by them, whoever wrote the backward pass.
+    Weights of modules in some ``passed_by_design`` list are not counted.
+    """
+    names = stream(model, backbone)
+    guarded = {id(t) for name, m in model.named_modules() if name in names for t in m.parameters(recurse=False)}
+    value = loss(model(*inputs))
+    gradient = torch.ones_like(value)
+    watch = _Meetings({name: p for name, p in model.named_parameters() if id(p) in guarded}, gradient)
+    try:
+        with watch:
+            value.backward(gradient)
+    finally:
+        watch.close()
+    return [f"a gradient meets parameter {name} in the backward pass" for name in sorted(watch.met)]
+
+
+class _Meetings(LiveBytes):
+    """Marks what is computed from a gradient, and names the weights that meet it; a mark is a storage's."""
+
+    def __init__(self, weights: dict[str, Tensor], gradient: Tensor) -> None:
+        super().__init__()
+        self.met: set[str] = set()
+        self._weights = {self.add(weight): name for name, weight in weights.items()}
+        self._marked = {self.add(gradient)}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        numbers = [self.add(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        marked = not self._marked.isdisjoint(numbers)
+        weights = [self._weights[n] for n in numbers if n in self._weights]
+        if marked:
+            self.met.update(weights)
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        for t in tree_leaves(result):
+            if isinstance(t, Tensor):
+                if marked:
+                    self._marked.add(self.add(t))
+                elif weights and len(weights) == len(numbers):  # a cast or another copy of weights is a weight
+                    self._weights.setdefault(self.add(t), weights[0])
+        return result
+
+
 def stream(model: nn.Module, backbone: nn.Module) -> set[str]:
     """The names of the backbone's modules that no gradient may pass: all but those in some ``passed_by_design``."""
     by_design = {part for m in model.modules() for top in getattr(m, "passed_by_design", ()) for part in top.modules()}
@@ -122,7 +171,7 @@ def producers(model: nn.Module) -> Iterator[dict[object, list[str]]]:
 
 
 def moved_by_optimizer(model: nn.Module, inputs: tuple, backbone: nn.Module, loss: Callable) -> list[str]:
-    """Proof 3: what of the backbone do steps on *all* parameters change? Nothing may; what is trainable has to move.
+    """Proof 4: what of the backbone do steps on *all* parameters change? Nothing may; what is trainable has to move.
 
     Weight decay is zero: it would move a parameter without any gradient being involved.
     """
@@ -145,7 +194,7 @@ def moved_by_optimizer(model: nn.Module, inputs: tuple, backbone: nn.Module, los
 
 
 def not_repeatable(model: nn.Module, inputs: tuple, backbone: nn.Module) -> list[str]:
-    """Proof 4: which backbone modules give another output in a second pass in train mode? None may.
+    """Proof 5: which backbone modules give another output in a second pass in train mode? None may.
 
     Stochastic depth or dropout left on, or batch statistics, show here: frozen is a mode and not only a flag.
     """

@@ -16,6 +16,7 @@ from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from . import stream
 from .adapters import KernelAdapter, QVUpdate, StandardAdapter
 from .errors import InputError, unknown
 from .highway import E3VA
@@ -65,6 +66,7 @@ class ThroughBackbone(nn.Module):
         extra: Per block of the network in order, the modules that ``run_block`` wants; none if not given.
         checkpointing: Keep only each block's input and compute the rest again on the way back (gradient checkpointing).
         stochastic: Leave the backbone's stochastic depth on in train mode.
+        frozen: Nothing before the norms is trained: run the blocks without a graph, see :mod:`e3va_lite.stream`.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class ThroughBackbone(nn.Module):
         extra: list[nn.ModuleList] | None = None,
         checkpointing: bool = False,
         stochastic: bool = False,
+        frozen: bool = False,
     ) -> None:
         super().__init__()
         self.swin = swin
@@ -83,6 +86,7 @@ class ThroughBackbone(nn.Module):
         self.extra = nn.ModuleList(extra or [])
         self.checkpointing = checkpointing
         self.stochastic = stochastic
+        self.frozen = frozen
         self.last_stage = max(stages)
         self.norms = FPNNorms(swin, stages, trainable=fpn_norm_trainable)
         self.out_channels = [stage_dims(swin)[stage - 1] for stage in stages]
@@ -100,7 +104,11 @@ class ThroughBackbone(nn.Module):
         maps = {}
         for number, stage in enumerate(self.swin.layers[: self.last_stage], start=1):
             x = stage.downsample(x)
-            for block in stage.blocks:
+            if self.frozen:
+                with torch.no_grad():
+                    for _ in stream.run(stage, x):
+                        pass
+            for block in () if self.frozen else stage.blocks:
                 arguments = (block, x, *next(extra, ()))
                 if self.checkpointing and torch.is_grad_enabled():
                     x = checkpoint(self.run_block, *arguments, use_reentrant=False)
@@ -117,7 +125,7 @@ def full(swin: SwinTransformer, stages, fpn_norm="trainable", checkpointing=Fals
 
 def fixed(swin: SwinTransformer, stages, fpn_norm="fixed") -> nn.Module:
     """Nothing is trained but neck and head; ``fpn_norm="trainable"`` tells what the norms alone are worth."""
-    return ThroughBackbone(freeze(swin), stages, fpn_norm == "trainable")
+    return ThroughBackbone(freeze(swin), stages, fpn_norm == "trainable", frozen=True)
 
 
 def bitfit(swin: SwinTransformer, stages, fpn_norm="trainable", checkpointing=False) -> nn.Module:

@@ -5,7 +5,8 @@ pass, and a *link* is a node that changes the gradient on its way back: one fact
 only hands a gradient on is no link: a node whose Jacobian holds nothing but fixed zeros and ones, because its operation
 adds, reshapes, copies, repeats, cuts, joins or moves entries (``HANDS_ON``). Every other node counts, those with an
 unknown name included. A fused kernel is one node, and so is a ``torch.autograd.Function`` of one's own: lengths are
-comparable only where the same operations are written in the same way, as they are in this package.
+comparable only where the same operations are written in the same way, as they are in this package. So backbones of this
+package are walked in their literal form: a highway as ``memory="reference"`` computes it, whatever it is trained with.
 
 Gradient checkpointing changes no length: the graph is the same, and only what is kept in it is less.
 """
@@ -114,6 +115,7 @@ def trace(
     with (
         restored(model, parameters=False),
         torch.enable_grad(),
+        _word_for_word(ours),
         producers(model) as produced,
         _watched(ours, saved) as calls,
     ):
@@ -207,6 +209,20 @@ class _Call:
     output: object
     stream: object
     bytes: int
+
+
+@contextmanager
+def _word_for_word(backbone: ThroughBackbone | E3VA | None) -> Iterator[None]:
+    """Inside, a backbone of this package computes as the paper writes it, whatever faster way it has."""
+    literal = {"memory": "reference"} if isinstance(backbone, E3VA) else {"frozen": False}
+    own = {name: getattr(backbone, name, None) for name in literal}
+    if backbone is not None:
+        vars(backbone).update(literal)
+    try:
+        yield
+    finally:
+        if backbone is not None:
+            vars(backbone).update(own)
 
 
 @contextmanager

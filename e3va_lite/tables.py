@@ -188,7 +188,8 @@ def _dry_runs(
     """MB of each job's training step, without the overhead; trainable parameters of each backbone and method."""
     calls = []
     for task, backbone, method, batch in jobs:
-        recipe = load_recipe(task, {"backbone": backbone, "method": method, "pretrained": False})
+        literal = {"memory": "reference"} if method.startswith("e3va") else {}
+        recipe = load_recipe(task, {"backbone": backbone, "method": method, "options": literal, "pretrained": False})
         calls.append(partial(dry_peak, recipe, sizes[task], batch))
     found = in_parallel([*calls, *(partial(_trainable, *pair) for pair in counted)], "dry runs")
     peaks = {job: peak / MIB for job, peak in zip(jobs, found[: len(jobs)], strict=True)}

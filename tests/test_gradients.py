@@ -24,6 +24,12 @@ def test_e3va_is_isolated(options, images, device):
     assert_isolated(build_backbone("e3va", "swin_nano", **options).to(device), images)
 
 
+@pytest.mark.parametrize("memory", ["store", "compress", "recompute", "reference"])
+@pytest.mark.parametrize("options", [{}, {"reduction": "trainable", "adapter": "standard"}, {"stages": (2, 4)}], ids=str)
+def test_every_way_with_memory_is_isolated(memory, options, images, device):
+    assert_isolated(build_backbone("e3va", "swin_nano", memory=memory, **options).to(device), images)
+
+
 @pytest.mark.filterwarnings("ignore:rank=")
 @pytest.mark.parametrize("method", ["e3va+", "e3va++"])
 def test_larger_ranks_are_isolated(method, images, device):
@@ -102,7 +108,12 @@ def leaky(model, guard=True, taps_of_e=False, into_stream=False):
 
 @pytest.fixture
 def model(device):
-    return build_backbone("e3va", "swin_nano", drop_path_rate=0.5).to(device)
+    return build_backbone("e3va", "swin_nano", drop_path_rate=0.5, memory="reference").to(device)
+
+
+@pytest.fixture(params=["store", "compress", "recompute"])
+def fast(device, request):
+    return build_backbone("e3va", "swin_nano", drop_path_rate=0.5, memory=request.param).to(device)
 
 
 def caught(model, images, *evidence):
@@ -203,6 +214,96 @@ def test_a_trainable_parameter_that_cannot_move_is_reported(model, images):
     with torch.no_grad():  # the saddle: both factors of U zero
         model.adapters[0][0][0].up.t.zero_()
     caught(model, images, "trainable parameter adapters.0.0.0.up.t did not move")
+
+
+# The fast highway is one node of the graph: what its backward pass does is watched operator by operator.
+
+
+class Hidden(torch.autograd.Function):
+    """A backward pass that goes through a frozen module without autograd's outer graph knowing of it."""
+
+    @staticmethod
+    def forward(ctx, module, x):
+        ctx.module = module
+        ctx.save_for_backward(x)
+        return module(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        with torch.enable_grad():
+            x = ctx.saved_tensors[0].detach().requires_grad_()
+            y = ctx.module(x)
+        return None, *torch.autograd.grad(y, x, gradient)
+
+
+class BesideIt(nn.Module):
+    """Trains one layer; the gradient passes a frozen one, hidden in a custom function or not."""
+
+    def __init__(self, copy_weights=False):
+        super().__init__()
+        self.trained, self.swin = nn.Linear(3, 3), nn.Linear(3, 3).requires_grad_(False)
+        self.copy_weights = copy_weights
+
+    def forward(self, x):
+        frozen = self.swin
+        if self.copy_weights:
+            weight, bias = self.swin.weight, self.swin.bias
+            return Hidden.apply(lambda x: nn.functional.linear(x, weight.t().contiguous().t(), bias), self.trained(x))
+        return Hidden.apply(frozen, self.trained(x))
+
+
+@pytest.mark.parametrize("copy_weights", [False, True])
+def test_leak_inside_a_custom_backward_pass(copy_weights, device):
+    model, x = BesideIt(copy_weights).to(device), torch.randn(4, 3, device=device)
+    assert not reached_by_graph(model, (x,), model.swin, random_functional)  # a walk of the graph does not see it
+    assert not parameters_with_grad(model, (x,), model.swin, random_functional)
+    with pytest.raises(IsolationError) as error:
+        assert_isolated(model, x)
+    assert "a gradient meets parameter swin.weight in the backward pass" in str(error.value)
+    assert len(str(error.value).splitlines()) == 2  # no other proof sees it
+
+
+def test_leak_of_a_fast_highway_that_trains_through_the_stream(fast, images, monkeypatch):
+    """Its backward pass sends the shared gradient through a frozen block as well."""
+    from e3va_lite import fast as module
+
+    honest = module._shared_gradients
+
+    def leaky(highway, *args):
+        shared = honest(highway, *args)
+        block = highway.swin.layers[0].blocks[0]
+        with torch.enable_grad():
+            x = torch.zeros_like(shared[0]).requires_grad_()
+            y = block.mlp(x)
+        shared[0] = shared[0] + torch.autograd.grad(y, x, shared[0])[0]
+        return shared
+
+    monkeypatch.setattr(module, "_shared_gradients", leaky)
+    caught(fast, images, "a gradient meets parameter swin.layers.0.blocks.0.mlp.fc2.weight in the backward pass")
+
+
+def test_a_fast_highway_gives_the_backbone_nothing_even_where_flags_ask_for_it(fast, images):
+    fast.swin.requires_grad_()
+    assert_isolated(fast, images)
+
+
+def test_a_fast_highway_runs_nothing_random(fast, images):
+    fast.train = types.MethodType(nn.Module.train, fast)
+    fast.train()
+    assert torch.equal(fast(images)[3], fast(images)[3])
+
+
+def test_reductions_that_are_passed_have_to_be_declared_in_the_backward_pass_too(fast, images, monkeypatch):
+    from e3va_lite.gradients import met_in_backward
+
+    assert not met_in_backward(fast.train(), (images,), fast.swin, random_functional)
+    monkeypatch.setattr(type(fast), "passed_by_design", [])
+    findings = met_in_backward(fast.train(), (images,), fast.swin, random_functional)
+    assert findings == [
+        f"a gradient meets parameter swin.layers.{i}.downsample.{name} in the backward pass"
+        for i in (1, 2, 3)
+        for name in ("norm.bias", "norm.weight", "reduction.weight")  # torch hands the bias over, too, and uses it not
+    ]
 
 
 @pytest.mark.parametrize("backbone", ["no.such.module", None])
