@@ -108,7 +108,7 @@ def _places(batch: int, height: int, width: int, wh: int, ww: int, sh: int, sw: 
         mask = np.where(seam[:, None] == seam, np.float32(0), np.float32(-10_000)) if np.ptp(seam) else None
         rows = [np.where(places < 0, batch * height * width, places + i * height * width) for i in range(batch)]
         rows = np.concatenate([image[kind.ravel() == number] for image in rows])
-        for some in np.array_split(rows, -(-rows.size // size)):
+        for some in np.array_split(rows, min(-(-rows.size // size), len(rows))):
             padding = some.reshape(-1, 1) == batch * height * width
             groups.append((some.ravel(), padding if padding.any() else None, mask))
     return groups
