@@ -17,6 +17,7 @@ Autograd sees one node for the whole highway; the order of the backward pass is 
 adapter, a reduction or a norm is left to autograd, on little graphs that end where the stream begins.
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import accumulate, pairwise
 
@@ -28,7 +29,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from . import stream
 from .eightbit import pack, unpack
-from .swin import embed
+from .swin import embed, merge
 
 Gradients = dict[nn.Parameter, Tensor]
 
@@ -36,7 +37,7 @@ Gradients = dict[nn.Parameter, Tensor]
 def run(highway: nn.Module, images: Tensor) -> list[Tensor]:
     """The maps for the neck of a parallel :class:`e3va_lite.highway.E3VA`, in one of its ways with memory."""
     own = [highway.adapters, highway.norms, *([] if highway.reductions is None else [highway.reductions])]
-    trained = [p for module in own for p in module.parameters() if p.requires_grad]  # and nothing of the backbone
+    trained = [p for module in own for p in _trained(module)]  # and nothing of the backbone
     if trained and torch.is_grad_enabled():
         return list(_Highway.apply(highway, images, *trained))
     with torch.no_grad():
@@ -68,7 +69,8 @@ def _forward(highway: nn.Module, images: Tensor, memory: str | None) -> tuple[li
     e = l = embed(highway.swin, images)  # noqa: E741  (B, H, W, C), the paper's letter
     for index, (stage, adapters) in enumerate(zip(highway.swin.layers, highway.adapters, strict=False)):
         e, l = highway.reduction(index)(e), stage.downsample(l)  # noqa: E741
-        change = e - l
+        e = e - l  # what the highway changed so far
+        adapters = [list(pair) for pair in adapters]
         outer, bias, columns = _side_by_side(adapters)
         z = l.new_empty(l[..., 0].numel(), outer.shape[1], dtype=stream.tap_dtype(l))  # (T, all bottlenecks)
         taps: list[Tensor] = []
@@ -77,7 +79,8 @@ def _forward(highway: nn.Module, images: Tensor, memory: str | None) -> tuple[li
                 z[rows, columns[block][place]] = adapters[block][place].bottleneck(tap)
                 if memory in ("store", "compress"):
                     _put(taps, len(adapters), len(z), (block, place, rows), _packed(tap, memory))
-        e = l + change + F.linear(z, outer, bias).view_as(l)
+        e += F.linear(z, outer, bias).view_as(l)
+        e += l
         mapped = e if highway.fpn_input == "e" else e + l
         if (norm := highway.norm(index)) is not None:
             maps.append(norm(mapped).permute(0, 3, 1, 2).contiguous())
@@ -95,6 +98,8 @@ def _backward(highway: nn.Module, memory: str, kept: dict, gradients: tuple[Tens
     l = embed(highway.swin, kept["images"]) if memory == "recompute" else None  # noqa: E741
     for stage, adapters, taps in zip(highway.swin.layers, highway.adapters, kept["taps"], strict=False):
         g = shared.pop(0).flatten(0, 2)  # (T, C)
+        trained = [_trained(pair) for pair in adapters]
+        adapters = [list(pair) for pair in adapters]
         outer, _, columns = _side_by_side(adapters)
         z, of_z = g.new_empty(len(g), outer.shape[1]), g @ outer
         if memory == "recompute":
@@ -102,7 +107,7 @@ def _backward(highway: nn.Module, memory: str, kept: dict, gradients: tuple[Tens
         for block, rows, pair in stream.run(stage, l) if memory == "recompute" else _again(taps, memory, g):
             with torch.enable_grad():
                 live = [adapter.bottleneck(tap) for adapter, tap in zip(adapters[block], pair, strict=True)]
-            _pull(live, [of_z[rows, column] for column in columns[block]], adapters[block], found)
+            _pull(live, [of_z[rows, column] for column in columns[block]], trained[block], found)
             for column, x in zip(columns[block], live, strict=True):
                 z[rows, column] = x.detach()
         of_outer, of_bias = z.t() @ g, g.sum(dim=0)
@@ -121,31 +126,44 @@ def _shared_gradients(
         terms = []
         if (norm := highway.norm(index)) is not None:
             of_map = of_maps.pop().permute(0, 2, 3, 1)
-            terms.append(_through(norm, _unpacked(kept["mapped"][index], memory, of_map.dtype), of_map, found))
+            mapped = _unpacked(kept["mapped"][index], memory, of_map.dtype)
+            terms.append(_through(norm, _trained(norm), mapped, of_map, found))
         if shared:
             e = _unpacked(kept["e"][index], memory, shared[0].dtype)
-            terms.append(_through(highway.reduction(index + 1), e, shared[0], found))
-        shared.insert(0, sum(terms))
+            terms.append(_through_reduction(highway.reduction(index + 1), e, shared[0], found))
+        shared.insert(0, terms[0] if len(terms) == 1 else terms[0] + terms[1])
     return shared
 
 
-def _through(module: nn.Module, x: Tensor, of_y: Tensor, found: Gradients) -> Tensor:
-    """The gradient of the input of ``y = module(x)``; those of the module's parameters join what was found."""
+def _through_reduction(reduction: nn.Module, e: Tensor, of_y: Tensor, found: Gradients) -> Tensor:
+    """As :func:`_through`. What a frozen linear layer said need not be computed again for its input's gradient."""
+    if trained := _trained(reduction):
+        return _through(reduction, trained, e, of_y, found)
+    return _through(lambda e: reduction.norm(merge(e)), [], e, of_y @ reduction.reduction.weight, found)
+
+
+def _through(
+    function: Callable[[Tensor], Tensor], trained: list[nn.Parameter], x: Tensor, of_y: Tensor, found: Gradients
+) -> Tensor:
+    """The gradient of the input of ``y = function(x)``; those of its parameters join what was found."""
     with torch.enable_grad():
         x = x.detach().requires_grad_()
-        y = module(x)
-    return _pull([y], [of_y], module, found, x)
+        y = function(x)
+    return _pull([y], [of_y], trained, found, x)
 
 
 def _pull(
-    outputs: list[Tensor], of_outputs: list[Tensor], owner: nn.Module, found: Gradients, x: Tensor | None = None
+    outputs: list[Tensor],
+    of_outputs: list[Tensor],
+    trained: list[nn.Parameter],
+    found: Gradients,
+    x: Tensor | None = None,
 ) -> Tensor | None:
-    """Autograd's part: from gradients of outputs to those of the owner's parameters, and of x."""
-    trained = [p for p in owner.parameters() if p.requires_grad]
-    inputs = trained if x is None else [*trained, x]
+    """Autograd's part: from gradients of outputs to those of parameters, and of x."""
     if not any(y.requires_grad for y in outputs):
         return None
     of_outputs = [g.to(y.dtype) for g, y in zip(of_outputs, outputs, strict=True)]
+    inputs = trained if x is None else [*trained, x]
     gradients = torch.autograd.grad(outputs, inputs, of_outputs, allow_unused=True)
     for p, gradient in zip(trained, gradients, strict=False):
         if gradient is not None:
@@ -153,7 +171,11 @@ def _pull(
     return None if x is None else gradients[-1]
 
 
-def _side_by_side(adapters: nn.ModuleList) -> tuple[Tensor, Tensor, list[list[slice]]]:
+def _trained(module: nn.Module) -> list[nn.Parameter]:
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+def _side_by_side(adapters: list[list[nn.Module]]) -> tuple[Tensor, Tensor, list[tuple[slice, ...]]]:
     """The stage's outer factors as one (C, all bottlenecks), its biases' sum, and the columns by block and place."""
     outer, bias = zip(*(adapter.outer for adapter in _flat(adapters)), strict=True)
     columns = [slice(*ends) for ends in pairwise(accumulate((w.shape[1] for w in outer), initial=0))]

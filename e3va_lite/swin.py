@@ -156,6 +156,12 @@ def f_p2(block: nn.Module, x: Tensor) -> Tensor:
     return block.drop_path2(block.mlp(block.norm2(x)))
 
 
+def merge(x: Tensor) -> Tensor:
+    """What a reduction does first: 2x2 neighbours side by side, (B, H, W, C) -> (B, ceil(H/2), ceil(W/2), 4 C)."""
+    x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
+    return x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).permute(0, 1, 3, 4, 2, 5).flatten(3)
+
+
 def stage_dims(swin: SwinTransformer) -> list[int]:
     """Channels of the four stages, e.g. [192, 384, 768, 1536] for Swin-L."""
     return [stage.blocks[0].dim for stage in swin.layers]
