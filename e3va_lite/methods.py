@@ -20,6 +20,7 @@ from . import stream
 from .adapters import KernelAdapter, QVUpdate, StandardAdapter
 from .errors import InputError, unknown
 from .highway import E3VA
+from .peft_lora import PEFTLoRA
 from .swin import FPNNorms, create_swin, embed, f_p1, f_p2, freeze, stage_dims
 
 MIDDLE = 64  # "middle dim of these methods are set to 64" (section 4.1): adapter, lora, adaptformer
@@ -213,6 +214,11 @@ def e3va_plus_plus(swin: SwinTransformer, stages, rank=32, **options) -> nn.Modu
     return e3va(swin, stages, rank, **options)
 
 
+def peft_lora(swin: SwinTransformer, stages, rank=MIDDLE, fpn_norm="fixed", checkpointing=False) -> nn.Module:
+    """PEFT's LoRA on timm's own forward pass: none of the twelve, to be compared with."""
+    return PEFTLoRA(swin, stages, rank, fpn_norm == "trainable", checkpointing)
+
+
 METHODS: dict[str, Callable[..., nn.Module]] = {
     "full": full,
     "fixed": fixed,
@@ -227,6 +233,7 @@ METHODS: dict[str, Callable[..., nn.Module]] = {
     "e3va+": e3va_plus,
     "e3va++": e3va_plus_plus,
 }
+OTHERS: dict[str, Callable[..., nn.Module]] = {"peft_lora": peft_lora}
 
 
 def build_backbone(
@@ -242,7 +249,8 @@ def build_backbone(
     """A backbone that is tuned in one of the twelve ways.
 
     Args:
-        method: A key of ``METHODS``: full fixed bitfit norm partial1 adapter lora adaptformer lorand e3va e3va+ e3va++.
+        method: A key of ``METHODS``: full fixed bitfit norm partial1 adapter lora adaptformer lorand e3va e3va+ e3va++;
+            or, of ``OTHERS``, ``peft_lora``.
         name: A Swin: ``swin_nano`` or timm's names, see :func:`e3va_lite.swin.create_swin`.
         pretrained: Load the published weights.
         weights: A local file of weights instead.
@@ -250,7 +258,7 @@ def build_backbone(
         drop_path_rate: Stochastic depth; only ``full`` ever runs it, elsewhere the backbone stays in eval mode.
         **options: What the method takes: ``fpn_norm="trainable"|"fixed"`` for all; ``checkpointing`` for those whose
             gradient runs through the backbone; ``rank``, ``middle``, ``structure``, ``adapter``, ``reduction``,
-            ``fpn_input`` for the E3VA family, see :class:`e3va_lite.highway.E3VA`.
+            ``fpn_input``, ``memory`` for the E3VA family, see :class:`e3va_lite.highway.E3VA`.
 
     Returns:
         A module with ``features = backbone(images)``, ``backbone.out_channels``, ``backbone.strides`` and
@@ -260,9 +268,10 @@ def build_backbone(
     Raises:
         InputError: For an unknown method, backbone, option or value, or for weights that do not fit.
     """
-    if method not in METHODS:
-        raise unknown("method", method, METHODS)
-    function = METHODS[method]
+    known_methods = METHODS | OTHERS
+    if method not in known_methods:
+        raise unknown("method", method, known_methods)
+    function = known_methods[method]
     known = list(inspect.signature(e3va if method.startswith("e3va") else function).parameters)[2:]
     for option in options:
         if option not in known:

@@ -1,0 +1,49 @@
+"""What one would otherwise reach for: LoRA from the PEFT library on timm's Swin, in timm's own forward pass.
+
+Nothing of this package's methods is in it but the norms before the neck: it is here to be compared with.
+"""
+
+from timm.models.swin_transformer import SwinTransformer
+from torch import Tensor, nn
+
+from .errors import InputError
+from .swin import FPNNorms, embed, freeze, stage_dims
+
+
+class PEFTLoRA(nn.Module):
+    """timm's Swin with PEFT's LoRA on every fused qkv projection.
+
+    Args:
+        swin: The pretrained part.
+        stages: The stages (from 1) whose maps the task consumes.
+        rank: Of the updates.
+        fpn_norm_trainable: Whether the norms before the neck are trained.
+        checkpointing: timm's gradient checkpointing.
+
+    Raises:
+        InputError: If PEFT is not installed.
+    """
+
+    def __init__(
+        self, swin: SwinTransformer, stages: tuple[int, ...], rank: int, fpn_norm_trainable: bool, checkpointing: bool
+    ) -> None:
+        super().__init__()
+        try:
+            from peft import LoraConfig, inject_adapter_in_model
+        except ImportError as error:
+            raise InputError("peft_lora needs the library PEFT: pip install peft.") from error
+        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=["qkv"])
+        self.swin = inject_adapter_in_model(config, freeze(swin))
+        self.swin.set_grad_checkpointing(checkpointing)
+        self.last_stage = max(stages)
+        self.norms = FPNNorms(swin, stages, trainable=fpn_norm_trainable)
+        self.out_channels = [stage_dims(swin)[stage - 1] for stage in stages]
+        self.strides = [2 ** (stage + 1) for stage in stages]
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) -> one map (B, C_i, ceil(H/s_i), ceil(W/s_i)) per consumed stage."""
+        x = embed(self.swin, images)
+        maps = {}
+        for number, stage in enumerate(self.swin.layers[: self.last_stage], start=1):
+            x = maps[number] = stage(x)
+        return self.norms(maps)
