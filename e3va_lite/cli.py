@@ -308,7 +308,9 @@ def _train_command(task: str, help: str) -> None:
     @strict
     @overwrite
     @as_json
-    def command(root, recipe, method, backbone, mode, settings, out, resume, device, strict, overwrite, as_json) -> None:
+    def command(
+        root, recipe, method, backbone, mode, settings, out, resume, device, strict, overwrite, as_json
+    ) -> None:
         from . import distributed
         from .runs import train as run
 

@@ -125,7 +125,7 @@ def memory_text(table: dict, modules: int = 0) -> str:
 def interleaved_seconds(
     steps: dict[str, Step], rounds: int, device: torch.device, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Seconds of each step's phases, in turn.
+    """Seconds of each step's phases, in turn; every round begins one further, so that all come after all.
 
     Args:
         steps: A step per name.
@@ -142,8 +142,10 @@ def interleaved_seconds(
         return clock()
 
     seconds = {name: np.zeros((rounds + 1, len(PHASES))) for name in steps}
+    names = list(steps)
     for number in tqdm(range(rounds + 1), "time", unit="round", delay=3):
-        for name, step in steps.items():
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            step = steps[name]
             times = [now()]
             loss = step.forward()
             times.append(now())
@@ -166,26 +168,32 @@ def time_table(
     rounds: int,
     checkpointing: bool = False,
 ) -> dict:
-    """Seconds of forward pass, backward pass and optimiser for each method; see :func:`memory_table` for arguments.
+    """Seconds and peak bytes of a training step of each method; see :func:`memory_table` for arguments.
 
-    All models are held at once.
+    All models are held at once; a peak is that of a method's own model.
 
     Returns:
-        ``{"settings": {...}, "rows": [{"method", "forward", "backward", "optimizer", "step", "quartiles", "of_full",
-        "of_fixed", "seconds_by_round"}, ...]}``: medians over the rounds, their quartiles, and the medians of the
-        shares that each round has of ``full`` and of ``fixed``, where these are among the methods.
+        ``{"settings": {...}, "rows": [{"method", "forward", "backward", "optimizer", "step", "quartiles", "peak",
+        "of_full", "of_fixed", "seconds_by_round"}, ...]}``: medians over the rounds in seconds, their quartiles, the
+        peak in bytes, and, where ``full`` and ``fixed`` are among the methods, the shares of theirs: of seconds the
+        medians of the shares that each round has, and of the peak.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         steps = {spec: build_step(with_method(recipe, spec, checkpointing), size, device) for spec in specs}
     seconds = interleaved_seconds(steps, rounds, device)
+    peaks = {spec: step.ledger().peak for spec, step in tqdm(steps.items(), "peak", unit="method", delay=3)}
     rows = []
     for spec, phases in seconds.items():
         row = {"method": spec, **{phase: round(float(np.median(x)), 5) for phase, x in phases.items()}}
         row["quartiles"] = {p: [round(float(q), 5) for q in np.quantile(x, (0.25, 0.75))] for p, x in phases.items()}
+        row["peak"] = peaks[spec]
         for other in ("full", "fixed"):
-            whole = seconds.get(other)
-            row[f"of_{other}"] = whole and {p: round(float(np.median(x / whole[p])), 4) for p, x in phases.items()}
+            if whole := seconds.get(other):
+                shares = {phase: round(float(np.median(x / whole[phase])), 4) for phase, x in phases.items()}
+                row[f"of_{other}"] = {**shares, "peak": round(peaks[spec] / peaks[other], 4)}
+            else:
+                row[f"of_{other}"] = None
         row["seconds_by_round"] = [round(float(x), 5) for x in phases["step"]]
         rows.append(row)
     return {"settings": {"rounds": rounds, **_settings(recipe, size, checkpointing, device)}, "rows": rows}
@@ -199,10 +207,12 @@ def time_text(table: dict) -> str:
             *(f"{row[phase]:.3f}" for phase in (*PHASES, "step")),
             "-".join(f"{q:.3f}" for q in row["quartiles"]["step"]),
             *(percent((row[f"of_{other}"] or {}).get("step")) for other in ("full", "fixed")),
+            f"{row['peak'] / MIB:.0f}",
+            *(percent((row[f"of_{other}"] or {}).get("peak")) for other in ("full", "fixed")),
         ]
         for row in table["rows"]
     ]
-    header = ["seconds", *PHASES, "step", "quartiles", "of full", "of fixed"]
+    header = ["seconds", *PHASES, "step", "quartiles", "of full", "of fixed", "peak, MiB", "of full", "of fixed"]
     return "\n".join([_headline(table["settings"]), text_table(header, rows)])
 
 

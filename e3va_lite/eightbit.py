@@ -20,11 +20,11 @@ def pack(x: Tensor) -> tuple[Tensor, Tensor]:
     """(..., C) -> codes (..., C) in int8 and scales (..., C / block) in bfloat16: x is about code times scale."""
     blocks = x.unflatten(-1, (-1, block_of(x.shape[-1])))
     scales = (blocks.abs().amax(dim=-1) * (1.01 / 127)).bfloat16()  # not below the largest value when rounded
-    steps = scales.float().clamp(min=torch.finfo(torch.bfloat16).tiny)
-    return (blocks / steps[..., None]).round().to(torch.int8).flatten(-2), scales
+    per_scale = scales.float().clamp(min=torch.finfo(torch.bfloat16).tiny).reciprocal()
+    return (blocks * per_scale[..., None]).round_().to(torch.int8).flatten(-2), scales
 
 
 def unpack(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """The inverse of :func:`pack`, up to rounding: at most half a scale."""
-    blocks = codes.unflatten(-1, (scales.shape[-1], -1))
-    return (blocks * scales.to(dtype)[..., None]).flatten(-2)
+    blocks = codes.to(dtype).unflatten(-1, (scales.shape[-1], -1))
+    return blocks.mul_(scales.to(dtype)[..., None]).flatten(-2)

@@ -1,13 +1,13 @@
 """The parallel highway at the price of a frozen backbone: what :mod:`e3va_lite.highway` says, computed otherwise.
 
-Let ``h_1 ... h_K`` be the taps of a stage, two per block, and ``A_k(h) = h + S_k z_k + b_k`` its adapters, where ``z_k``
-is the adapter as far as the outer factor ``S_k`` of its up-projection. Equation (8), added up over the stage, is
+Let ``h_1 ... h_K`` be the taps of a stage, two per block, and ``A_k(h) = h + S_k z_k + b_k`` its adapters, where
+``z_k`` is the adapter as far as the outer factor ``S_k`` of its up-projection. Equation (8), added up over the stage:
 
     e_out = l_out + (e_in - l_in) + [S_1 ... S_K] [z_1; ...; z_K] + b_1 + ... + b_K
 
-because by equation (7) the taps themselves add up to ``l_out - l_in``. So all up-projections of a stage are one product.
-On the way back all adapters of the stage receive one and the same gradient ``g = dL/de_out``, known before any of its
-taps is needed. A tap is needed once, to bring its ``z_k`` back to life, and may come from anywhere:
+because by equation (7) the taps themselves add up to ``l_out - l_in``. So all up-projections of a stage are one
+product. On the way back all adapters of the stage receive one and the same gradient ``g = dL/de_out``, known before any
+of its taps is needed. A tap is needed once, to bring its ``z_k`` back to life, and may come from anywhere:
 
 - ``store``: it was kept;
 - ``compress``: it was kept in 8 bits;
@@ -63,30 +63,38 @@ class _Highway(torch.autograd.Function):
         return None, None, *(found.get(p) for p in ctx.trained)
 
 
-def _forward(highway: nn.Module, images: Tensor, memory: str | None) -> tuple[list[Tensor], dict]:
-    """The maps for the neck, and what the backward pass will ask for (nothing if ``memory`` is None)."""
+def _forward(
+    highway: nn.Module, images: Tensor, memory: str | None, stages: int | None = None
+) -> tuple[list[Tensor], dict]:
+    """The maps for the neck, and what the backward pass will ask for (nothing if ``memory`` is None).
+
+    Args:
+        stages: Stop behind so many.
+    """
+    stages = stages or highway.last_stage
     maps, kept = [], {"images": images, "e": [], "mapped": [], "taps": []}
     e = l = embed(highway.swin, images)  # noqa: E741  (B, H, W, C), the paper's letter
-    for index, (stage, adapters) in enumerate(zip(highway.swin.layers, highway.adapters, strict=False)):
+    for index, (stage, adapters) in enumerate(zip(highway.swin.layers[:stages], highway.adapters, strict=False)):
         e, l = highway.reduction(index)(e), stage.downsample(l)  # noqa: E741
         e = e - l  # what the highway changed so far
         adapters = [list(pair) for pair in adapters]
         outer, bias, columns = _side_by_side(adapters)
         z = l.new_empty(l[..., 0].numel(), outer.shape[1], dtype=stream.tap_dtype(l))  # (T, all bottlenecks)
-        taps: list[Tensor] = []
+        taps: list[list[Tensor]] = []
         for block, rows, pair in stream.run(stage, l):
-            for place, tap in enumerate(pair):
-                z[rows, columns[block][place]] = adapters[block][place].bottleneck(tap)
-                if memory in ("store", "compress"):
-                    _put(taps, len(adapters), len(z), (block, place, rows), _packed(tap, memory))
+            for adapter, column, tap in zip(adapters[block], columns[block], pair, strict=True):
+                z[rows, column] = adapter.bottleneck(tap)
+            if memory in ("store", "compress"):
+                taps.append([_packed(tap, memory) for tap in pair])
         e += F.linear(z, outer, bias).view_as(l)
         e += l
         mapped = e if highway.fpn_input == "e" else e + l
         if (norm := highway.norm(index)) is not None:
             maps.append(norm(mapped).permute(0, 3, 1, 2).contiguous())
         if memory is not None:
+            again = memory == "recompute" and norm is None and index + 1 < stages  # the neck does not want it
             kept["taps"].append(taps)
-            kept["e"].append(_packed(e, memory))
+            kept["e"].append(None if again else _packed(e, memory))
             kept["mapped"].append(kept["e"][-1] if mapped is e else _packed(mapped, memory))
     return maps, kept
 
@@ -104,7 +112,9 @@ def _backward(highway: nn.Module, memory: str, kept: dict, gradients: tuple[Tens
         z, of_z = g.new_empty(len(g), outer.shape[1]), g @ outer
         if memory == "recompute":
             l = stage.downsample(l)  # noqa: E741
-        for block, rows, pair in stream.run(stage, l) if memory == "recompute" else _again(taps, memory, g):
+        for block, rows, pair in (
+            stream.run(stage, l) if memory == "recompute" else _again(taps, memory, len(adapters), g)
+        ):
             with torch.enable_grad():
                 live = [adapter.bottleneck(tap) for adapter, tap in zip(adapters[block], pair, strict=True)]
             _pull(live, [of_z[rows, column] for column in columns[block]], trained[block], found)
@@ -129,6 +139,8 @@ def _shared_gradients(
             mapped = _unpacked(kept["mapped"][index], memory, of_map.dtype)
             terms.append(_through(norm, _trained(norm), mapped, of_map, found))
         if shared:
+            if kept["e"][index] is None:
+                kept["e"] = _forward(highway, kept["images"], memory, stages=index + 1)[1]["e"]
             e = _unpacked(kept["e"][index], memory, shared[0].dtype)
             terms.append(_through_reduction(highway.reduction(index + 1), e, shared[0], found))
         shared.insert(0, terms[0] if len(terms) == 1 else terms[0] + terms[1])
@@ -194,19 +206,11 @@ def _unpacked(parts: tuple[Tensor, ...], memory: str, dtype: torch.dtype) -> Ten
     return unpack(*parts, dtype) if memory == "compress" else parts[0]
 
 
-def _put(taps: list[Tensor], blocks: int, tokens: int, where: tuple, parts: tuple[Tensor, ...]) -> None:
-    """Write a part of a tap to its place, (blocks, 2, T, ...)."""
-    if not taps:
-        taps += [part.new_empty(blocks, 2, tokens, *part.shape[1:]) for part in parts]
-    for whole, part in zip(taps, parts, strict=True):
-        whole[where] = part
-
-
-def _again(taps: list[Tensor], memory: str, like: Tensor) -> stream.Taps:
-    """Kept taps in the order in which they came."""
-    for block in range(len(taps[0])):
-        for rows in stream.slices(like):
-            yield block, rows, [_unpacked([t[block, place, rows] for t in taps], memory, like.dtype) for place in (0, 1)]
+def _again(taps: list, memory: str, blocks: int, like: Tensor) -> stream.Taps:
+    """Kept taps, as they came."""
+    places = ((block, rows) for block in range(blocks) for rows in stream.slices(like))
+    for (block, rows), pair in zip(places, taps, strict=True):
+        yield block, rows, tuple(_unpacked(tap, memory, like.dtype) for tap in pair)
 
 
 def _precision(images: Tensor) -> object:

@@ -124,7 +124,8 @@ class E3VA(nn.Module):
 
     def norm(self, index: int) -> nn.Module | None:
         """The norm behind stage ``index`` (from 0), if its map is consumed."""
-        return self.norms[str(index + 1)] if str(index + 1) in self.norms else None
+        key = str(index + 1)
+        return self.norms[key] if key in self.norms else None  # noqa: SIM401, a ModuleDict has no get
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) -> one map (B, C_i, ceil(H/s_i), ceil(W/s_i)) per consumed stage."""

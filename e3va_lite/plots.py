@@ -114,6 +114,37 @@ def memory_figure(table: dict, path: Path) -> None:
     plt.close(figure)
 
 
+def growth_figure(measured: dict, path: Path) -> None:
+    """Peak and time of a training step over depth, image size and batch.
+
+    Args:
+        measured: Per axis, ``{"rows": [{axis: value, "method", "step", "peak", ...}, ...], ...}``.
+    """
+    sns.set_theme(style="white", font_scale=0.9)
+    panels = (("peak", "peak, MiB", MIB), ("step", "seconds per step", 1))
+    figure, axes = plt.subplots(2, len(measured), figsize=(4.2 * len(measured), 6.4), squeeze=False)
+    for column, (label, table) in zip(axes.T, measured.items(), strict=True):
+        names = list(dict.fromkeys(row["method"] for row in table["rows"]))
+        for axis, (key, _, unit) in zip(column, panels, strict=True):
+            for name, style in zip(names, _styles(names), strict=True):
+                rows = [row for row in table["rows"] if row["method"] == name]
+                axis.plot(
+                    [row[label] for row in rows], [row[key] / unit for row in rows], "o", label=name, ms=3.5, **style
+                )
+            axis.set_xticks([row[label] for row in rows])
+            axis.set_ylim(0)
+            sns.despine(ax=axis)
+        column[1].set_xlabel(label)
+    for axis, (_, title, _) in zip(axes[:, 0], panels, strict=True):
+        axis.set_ylabel(title)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="upper center", ncols=len(labels), frameon=False)
+    figure.text(0.01, 0.01, f"{table['device']}, {table['precision']}, {table['date']}.", fontsize=8, color="0.4")
+    figure.tight_layout(rect=(0, 0.02, 1, 0.95))
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
 def _styles(names: list[str]) -> list[dict]:
     """Colours and dashes that tell methods of one colour apart."""
     dashes = ("-", "--", ":", "-.")

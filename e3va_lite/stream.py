@@ -1,8 +1,8 @@
 """The frozen stream ``l`` of equation (7), run as fast as it can be when nobody asks it for a gradient.
 
-The modules and the order of operations are those of :mod:`e3va_lite.swin`. But without a graph a map need not pass as a
-whole through one operator after the other: here a few windows, or a few rows of tokens, go all the way while they are in
-the processor's cache. A block's large intermediate results (four times its map) never exist, and padding, shift and
+The modules and the order of operations are those of :mod:`e3va_lite.swin`. But without a graph a map need not pass as
+a whole through one operator after the other: here a few windows, or a few rows of tokens, go all the way while they are
+in the processor's cache. A block's large intermediate results (four times its map) never exist, and padding, shift and
 windows are one index instead of four copies.
 """
 
@@ -67,7 +67,9 @@ def _attend(block: SwinTransformerBlock, l: Tensor, shape: torch.Size) -> Tensor
         x = block.norm1(l.index_select(0, rows if padding is None else rows.clamp(max=len(l) - 1)))
         if padding is not None:
             x = x.masked_fill(padding, 0.0)  # behind the norm: padding has keys and values of its own
-        qkv = attention.qkv(x).view(-1, bias.shape[-1], 3, heads, x.shape[-1] // heads)  # (windows, tokens, 3, heads, d)
+        qkv = attention.qkv(x).view(
+            -1, bias.shape[-1], 3, heads, x.shape[-1] // heads
+        )  # (windows, tokens, 3, heads, d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         weights = (q * attention.scale) @ k.transpose(-2, -1)  # (windows, heads, tokens, tokens)
         weights += bias if mask is None else bias + mask
@@ -112,4 +114,3 @@ def _places(batch: int, height: int, width: int, wh: int, ww: int, sh: int, sw: 
             padding = some.reshape(-1, 1) == batch * height * width
             groups.append((some.ravel(), padding if padding.any() else None, mask))
     return groups
-

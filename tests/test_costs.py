@@ -26,10 +26,10 @@ def run(*arguments: str) -> str:
 
 @pytest.mark.parametrize("how", [["--dry-run"], []])
 def test_memory_as_json(how):
-    table = json.loads(run("memory", *NANO, "--methods", "full,fixed,e3va", *how, "--json"))
+    table = json.loads(run("memory", *NANO, "--methods", "full,fixed,e3va", "--memory", "reference", *how, "--json"))
     assert table["settings"]["backbone"] == "swin_nano" and table["settings"]["size"] == [64, 96]
     assert table["settings"]["measured"].startswith("dry run") == bool(how)
-    rows = {row["method"]: row for row in table["rows"]}
+    rows = {row["method"].removesuffix(":memory=reference"): row for row in table["rows"]}
     assert list(rows) == ["full", "fixed", "e3va"]
     for row in rows.values():
         assert sum(row[name] for name in CATEGORIES) == row["peak"] == max(row["curve"])
@@ -87,7 +87,7 @@ def test_methods_are_timed_in_turn_and_phase_by_phase():
     order, clock = [], [0.0]
     steps = {name: Counting(name, factor, order, clock) for name, factor in (("a", 1.0), ("b", 10.0))}
     seconds = interleaved_seconds(steps, 3, CPU, clock=lambda: clock[0])
-    assert order == ["a", "b"] * 4
+    assert order == ["a", "b", "b", "a"] * 2
     for name, factor in (("a", 1), ("b", 10)):
         for phase, wanted in (("forward", 1), ("backward", 2), ("optimizer", 3), ("step", 6)):
             np.testing.assert_allclose(seconds[name][phase], [wanted * factor] * 3)
@@ -99,8 +99,11 @@ def test_time_as_json():
     rows = {row["method"]: row for row in table["rows"]}
     for row in rows.values():
         assert row["of_full"]["step"] > 0 and row["of_fixed"]["step"] > 0 and len(row["seconds_by_round"]) == 2
+        assert row["of_full"]["peak"] == pytest.approx(row["peak"] / rows["full"]["peak"], abs=1e-4)
         assert row["quartiles"]["step"][0] <= row["step"] <= row["quartiles"]["step"][1]
     assert rows["full"]["of_full"]["step"] == rows["fixed"]["of_fixed"]["step"] == 1
+    counted = json.loads(run("memory", *NANO, "--methods", "full,fixed,e3va", "--json"))["rows"]
+    assert {row["method"]: row["peak"] for row in counted} == {method: row["peak"] for method, row in rows.items()}
     assert "of fixed" in run("time", *NANO, "--methods", "fixed,e3va", "--rounds", "1")
 
 

@@ -25,7 +25,9 @@ def test_e3va_is_isolated(options, images, device):
 
 
 @pytest.mark.parametrize("memory", ["store", "compress", "recompute", "reference"])
-@pytest.mark.parametrize("options", [{}, {"reduction": "trainable", "adapter": "standard"}, {"stages": (2, 4)}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"reduction": "trainable", "adapter": "standard"}, {"stages": (2, 4)}], ids=str
+)
 def test_every_way_with_memory_is_isolated(memory, options, images, device):
     assert_isolated(build_backbone("e3va", "swin_nano", memory=memory, **options).to(device), images)
 
