@@ -15,10 +15,9 @@ import torch
 from torch.utils.data import Dataset
 
 from .batches import Stream, loader, to_device
-from .costs import interleaved_seconds
+from .costs import interleaved_seconds, with_method
 from .datasets.shapes import VERSION, write_scenes
 from .engine import build_model, evaluate, fit, machine
-from .methods import parse_method
 from .recipe import Recipe
 from .steps import Step
 from .tables import trainable_parameters
@@ -65,7 +64,7 @@ def compare(
     Raises:
         InputError: For anything wrong with methods, options or data.
     """
-    recipes = {spec: _with_method(recipe, spec) for spec in methods}
+    recipes = {spec: with_method(recipe, spec) for spec in methods}
     for spec_recipe in recipes.values():
         build_model(spec_recipe, num_classes=1)  # a wrong option is known now, not in minutes
     source = root.resolve().name if root else f"generated scenes, version {VERSION}, seed {DATA_SEED}"
@@ -125,11 +124,6 @@ def _read_lines(path: Path) -> list[dict]:
         with contextlib.suppress(ValueError):
             lines.append(json.loads(text))
     return lines
-
-
-def _with_method(recipe: Recipe, spec: str) -> Recipe:
-    method, options = parse_method(spec)
-    return replace(recipe, method=method, options=options)
 
 
 def _cost(models: dict, recipes: dict, dataset: Dataset, device: torch.device) -> dict[str, dict]:

@@ -30,8 +30,10 @@ def run(stage: nn.Module, l: Tensor) -> Taps:  # noqa: E741, the paper's letter
         l: ``l_in``, (B, H, W, C), contiguous; overwritten, ``l_out`` in the end.
     """
     tokens = l.view(-1, l.shape[-1])  # (T, C)
+    shifts = {block.shift_size: block.window_size for block in stage.blocks}
+    windows = {shift: _windows(l.shape, window, shift, l.device) for shift, window in shifts.items()}
     for number, block in enumerate(stage.blocks):
-        attended = _attend(block, tokens, l.shape)
+        attended = _attend(block, tokens, windows[block.shift_size])
         for rows in slices(tokens):
             f1 = attended[rows]
             middle = tokens[rows] + f1
@@ -58,19 +60,17 @@ def _rows(device: torch.device) -> int:
     return ROWS["cpu" if device.type == "cpu" else "gpu"]
 
 
-def _attend(block: SwinTransformerBlock, l: Tensor, shape: torch.Size) -> Tensor:  # noqa: E741
+def _attend(block: SwinTransformerBlock, l: Tensor, windows: list[tuple]) -> Tensor:  # noqa: E741
     """The tap ``f_P1`` of a block, (T, C) -> (T, C)."""
     attention, heads = block.attn, block.attn.num_heads
     bias = attention._get_rel_pos_bias()  # (1, heads, tokens, tokens)
     f1 = l.new_empty(len(l) + 1, l.shape[1], dtype=tap_dtype(l))  # the last row takes what comes out of the padding
-    for rows, padding, mask in _windows(shape, block.window_size, block.shift_size, l.device):
+    for rows, padding, mask in windows:
         x = block.norm1(l.index_select(0, rows if padding is None else rows.clamp(max=len(l) - 1)))
         if padding is not None:
             x = x.masked_fill(padding, 0.0)  # behind the norm: padding has keys and values of its own
-        qkv = attention.qkv(x).view(
-            -1, bias.shape[-1], 3, heads, x.shape[-1] // heads
-        )  # (windows, tokens, 3, heads, d)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        qkv = attention.qkv(x).view(-1, bias.shape[-1], 3, heads, x.shape[-1] // heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (windows, heads, tokens, C / heads) each
         weights = (q * attention.scale) @ k.transpose(-2, -1)  # (windows, heads, tokens, tokens)
         weights += bias if mask is None else bias + mask
         x = (weights.softmax(dim=-1) @ v).transpose(1, 2).reshape(len(rows), -1)

@@ -14,9 +14,11 @@ import torch
 
 from e3va_lite import build_backbone, swin
 from e3va_lite.costs import time_table
-from e3va_lite.engine import machine
+from e3va_lite.datasets.shapes import write_scenes
+from e3va_lite.engine import build_model, fit, machine
 from e3va_lite.plots import growth_figure
 from e3va_lite.recipe import load_recipe
+from e3va_lite.tasks import voc
 
 pytestmark = pytest.mark.evidence
 
@@ -73,9 +75,8 @@ def test_the_frozen_forward_pass(name, batch, size, results):
 def test_a_backbone_alone(results):
     """Swin-T at 224x224, batch 4: forward pass, and backward pass of a given gradient where there is one."""
     images = torch.randn(4, 3, 224, 224)
-    models = {
-        name: build_backbone(method, "swin_tiny_patch4_window7_224", **o).train() for name, (method, o) in WAYS.items()
-    }
+    name = "swin_tiny_patch4_window7_224"
+    models = {way: build_backbone(method, name, **options).train() for way, (method, options) in WAYS.items()}
     gradients = [torch.randn_like(m) for m in models["fixed"](images)]
 
     def step(model):
@@ -86,6 +87,32 @@ def test_a_backbone_alone(results):
 
     found = shares(in_turn({way: lambda model=model: step(model) for way, model in models.items()}), "fixed")
     results("speed-backbone", f"{name}, 4 x 224x224", {**found, **SETTING})
+
+
+def test_what_eight_bits_do_to_gradients(results, tmp_path):
+    """RetinaNet after 60 steps of training: the gradient of every tensor, once with exact taps, once with packed ones."""
+    write_scenes(tmp_path, "voc", train=40, val=1, seed=0, size=160)
+    recipe = load_recipe("shapes", {"steps": 60, "options": {"memory": "store"}, "workers": 0})
+    train_set = voc.dataset(recipe, tmp_path, recipe.train_split, recipe.classes, train=True)
+    model = build_model(recipe, len(train_set.classes))
+    fit(model, train_set, recipe, CPU)
+    model.train()
+    images, targets = zip(*(train_set[i] for i in range(8)), strict=True)
+    found = {}
+    for memory in ("store", "compress"):
+        model.backbone.body.memory = memory
+        model.zero_grad()
+        sum(model(list(images), list(targets)).values()).backward()
+        found[memory] = {n: p.grad.clone() for n, p in model.backbone.named_parameters() if p.grad is not None}
+    errors = {
+        name.removeprefix("body."): float((found["compress"][name] - exact).norm() / exact.norm())
+        for name, exact in found["store"].items()
+        if name.startswith("body.")
+    }
+    values = list(errors.values())
+    summary = {"median": float(np.median(values)), "largest": max(values), "tensors": len(values)}
+    results("compress-gradients", "relative error per tensor", {**summary, "by_tensor": errors, **machine(recipe, CPU)})
+    assert max(values) < 0.05
 
 
 GROWTH = {
