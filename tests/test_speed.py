@@ -90,7 +90,7 @@ def test_a_backbone_alone(results):
 
 
 def test_what_eight_bits_do_to_gradients(results, tmp_path):
-    """RetinaNet after 60 steps of training: the gradient of every tensor, once with exact taps, once with packed ones."""
+    """RetinaNet after 60 steps of training: the gradient of every tensor, with exact taps and with packed ones."""
     write_scenes(tmp_path, "voc", train=40, val=1, seed=0, size=160)
     recipe = load_recipe("shapes", {"steps": 60, "options": {"memory": "store"}, "workers": 0})
     train_set = voc.dataset(recipe, tmp_path, recipe.train_split, recipe.classes, train=True)
