@@ -214,8 +214,8 @@ def _again(taps: list, memory: str, blocks: int, like: Tensor) -> stream.Taps:
 
 
 def _precision(images: Tensor) -> object:
-    """Autocast as it is now, for the backward pass; its cache of casts is none of a custom function's."""
+    """Autocast as it is now, for the backward pass, which runs outside of it."""
     kind = images.device.type
     if kind == "meta" or not torch.is_autocast_enabled(kind):
         return nullcontext()
-    return torch.autocast(kind, torch.get_autocast_dtype(kind), cache_enabled=False)
+    return torch.autocast(kind, torch.get_autocast_dtype(kind))

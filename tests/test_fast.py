@@ -267,6 +267,22 @@ class TestAutogradsManners:
         )
         assert error < 1.5 * usual + 0.005 < 0.1
 
+    def test_a_backward_pass_inside_autocast(self, memory):
+        """Its cache holds casts of adapters that were made without a graph."""
+        backbone, images = trained_for_a_while(memory).float(), torch.randn(2, 3, 64, 96)
+        found = []
+        for inside in (False, True):
+            backbone.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = random_functional(backbone(images))
+                if inside:
+                    loss.backward()
+            if not inside:
+                loss.backward()
+            found.append({name: p.grad for name, p in backbone.named_parameters() if p.grad is not None})
+        assert found[0].keys() == found[1].keys()
+        assert all(relative(found[1][name], found[0][name]) < 0.05 for name in found[0])
+
     def test_dry_and_on_meta(self, memory):
         with torch.device("meta"):
             backbone = build_backbone("e3va", "swin_nano", memory=memory)
