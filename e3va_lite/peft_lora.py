@@ -31,7 +31,7 @@ class PEFTLoRA(nn.Module):
         try:
             from peft import LoraConfig, inject_adapter_in_model
         except ImportError as error:
-            raise InputError("peft_lora needs the library PEFT: pip install peft.") from error
+            raise InputError('peft_lora needs the library PEFT: pip install "e3va_lite[peft]".') from error
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=["qkv"])
         self.swin = inject_adapter_in_model(config, freeze(swin))
         self.swin.set_grad_checkpointing(checkpointing)
