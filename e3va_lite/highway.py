@@ -49,7 +49,7 @@ class E3VA(nn.Module):
         memory: How a parallel highway is computed: ``store``, ``compress`` or ``recompute`` say what happens to the
             taps until the backward pass, see :mod:`e3va_lite.fast`; ``reference`` computes equations (7) and (8)
             word for word and leaves the rest to autograd, and is the only way for ``stacked`` and ``chained``.
-            If not given, ``store`` where it can be.
+            If not given, ``compress`` where it can be.
 
     Attributes:
         out_channels: Channels of each map.
@@ -73,7 +73,7 @@ class E3VA(nn.Module):
     ) -> None:
         super().__init__()
         if memory is None:
-            memory = "store" if structure == "parallel" else "reference"
+            memory = "compress" if structure == "parallel" else "reference"
         for kind, value, known in (
             ("structure", structure, STRUCTURES),
             ("adapter", adapter, ADAPTERS),
