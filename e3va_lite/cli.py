@@ -60,7 +60,7 @@ memory_option = click.option(
     "--memory",
     "mode",
     type=click.Choice(["store", "compress", "recompute", "reference"]),
-    help="What methods of the E3VA family do with their taps.",
+    help="How the E3VA family keeps its taps until the backward pass.  [default: compress]",
 )
 weights_option = click.option("--weights", help="File of the pretrained weights, where it is elsewhere now.")
 settings = click.option(
