@@ -29,7 +29,7 @@ STRUCTURES = {
 ADAPTERS = {"low_rank": LowRankAdapter, "standard": StandardAdapter}
 REDUCTIONS = ("inherited", "trainable")
 FPN_INPUTS = ("e", "e+l")
-MEMORY = ("store", "compress", "recompute", "reference")
+MEMORY = (*fast.WAYS, "reference")
 
 
 class E3VA(nn.Module):

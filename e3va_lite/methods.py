@@ -109,14 +109,16 @@ class ThroughBackbone(nn.Module):
                 with torch.no_grad():
                     for _ in stream.run(stage, x):
                         pass
-            for block in () if self.frozen else stage.blocks:
-                arguments = (block, x, *next(extra, ()))
-                if self.checkpointing and torch.is_grad_enabled():
-                    x = checkpoint(self.run_block, *arguments, use_reentrant=False)
-                else:
-                    x = self.run_block(*arguments)
+            else:
+                for block in stage.blocks:
+                    x = self._run(block, x, *next(extra, ()))
             maps[number] = x
         return self.norms(maps)
+
+    def _run(self, *arguments: object) -> Tensor:
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(self.run_block, *arguments, use_reentrant=False)
+        return self.run_block(*arguments)
 
 
 def full(swin: SwinTransformer, stages, fpn_norm="trainable", checkpointing=False) -> nn.Module:

@@ -214,15 +214,16 @@ class _Call:
 @contextmanager
 def _word_for_word(backbone: ThroughBackbone | E3VA | None) -> Iterator[None]:
     """Inside, a backbone of this package computes as the paper writes it, whatever faster way it has."""
-    literal = {"memory": "reference"} if isinstance(backbone, E3VA) else {"frozen": False}
-    own = {name: getattr(backbone, name, None) for name in literal}
-    if backbone is not None:
-        vars(backbone).update(literal)
+    if backbone is None:
+        yield
+        return
+    name, literal = ("memory", "reference") if isinstance(backbone, E3VA) else ("frozen", False)
+    own = getattr(backbone, name)
+    setattr(backbone, name, literal)
     try:
         yield
     finally:
-        if backbone is not None:
-            vars(backbone).update(own)
+        setattr(backbone, name, own)
 
 
 @contextmanager
