@@ -120,7 +120,7 @@ GROWTH = {
     "image side, pixels": [96, 160, 224, 288, 352],
     "images": [1, 2, 4, 6, 8],
 }
-METHODS = ["full", "fixed", "adapter", "e3va", "e3va:memory=recompute"]
+METHODS = ["full", "fixed", "adapter", "e3va:memory=store", "e3va:memory=recompute"]
 
 
 @pytest.mark.parametrize("axis", GROWTH)
