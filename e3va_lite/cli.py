@@ -13,7 +13,7 @@ import click
 import torch
 
 from . import __version__
-from .errors import InputError
+from .errors import InputError, unknown
 
 # The library behind a command is imported when the command runs: `e3va --help` answers at once.
 
@@ -389,6 +389,55 @@ def export(run, out, backbone_only, best, weights) -> None:
 
     out = out or run / "export.safetensors"
     click.echo(f"saved: {out}, {write(run, out, backbone_only, best, weights) / 1e6:.2f} MB")
+
+
+@cli.command()
+@click.option("--part", "parts", multiple=True, help="May be repeated.  [default: all, core first]")
+@click.option("--quick", is_flag=True, help="Four ways, one task, shorter: minutes. Says how it works, not what holds.")
+@click.option("--data", type=PATH, default="data/mini", show_default=True, help="For the generated scenes.")
+@click.option("--out", type=PATH, default="runs/reproduce.jsonl", show_default=True, help="A line per finished run.")
+@click.option("--jobs", type=click.IntRange(1), help="Runs at a time.  [default: one per CPU core; with CUDA, 4]")
+@click.option("--costs", is_flag=True, help="Measure memory and time instead; for a machine that does nothing else.")
+@device_option
+def reproduce(parts, quick, data, out, jobs, costs, device) -> None:
+    """The paper in miniature: all ways of tuning, three tasks, ablations, over several seeds.
+
+    Parts: core, few, instances, methods, few-methods, ablations, larger. Some hours on two cores. Stop it whenever you
+    want: the same command goes on with the runs that are missing. `e3va report` says what came out.
+    """
+    from .experiment import PARTS, QUICK, measure_costs, run_experiment
+    from .lines import append_line, read_lines
+
+    for part in parts:
+        if part not in PARTS:
+            raise unknown("part", part, PARTS)
+    arms = QUICK if quick else [pair for part in parts or PARTS for pair in PARTS[part]]
+    where = _device(device)
+    if costs:
+        for line in measure_costs(arms, where):
+            append_line(out, line)
+        return
+    jobs = jobs or (4 if where.type == "cuda" else os.cpu_count() or 1)
+    run_experiment(arms, read_lines(out), out, data, where, jobs)
+    click.echo(f"saved: {out}; 'e3va report {out}' says what came out.")
+
+
+@cli.command()
+@click.argument("lines", type=PATH)
+@click.option("--out", type=PATH, help="Folder for report.md, report.json and figures.  [default: beside LINES]")
+def report(lines, out) -> None:
+    """What the runs in LINES say: tables beside the paper's, figures, and its claims with a verdict each."""
+    from .lines import read_lines
+    from .report import write
+
+    found = read_lines(lines)
+    if not any(line.get("purpose") == "test" for line in found):
+        raise InputError(f"'{lines}' holds no finished runs: 'e3va reproduce --out {lines}' makes them.")
+    out = out or lines.with_suffix("")
+    summary = write(found, out)
+    for claim in summary["claims"]:
+        click.echo(f"{claim['verdict']:>9}: {claim['claim']} ({claim['study']})")
+    click.echo(f"saved: {out / 'report.md'}, {out / 'report.json'}, {out / 'trade-offs.png'}")
 
 
 @cli.command()

@@ -4,9 +4,6 @@ Accuracy comes from training each method with the same recipe. Memory and time c
 afterwards; the steps of all methods are timed in turn, so that their ratios survive a noisy machine.
 """
 
-import contextlib
-import json
-import math
 import statistics
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,7 +15,9 @@ from .batches import Stream, loader, to_device
 from .costs import interleaved_seconds, with_method
 from .datasets.shapes import VERSION, write_scenes
 from .engine import build_model, evaluate, fit, machine
+from .lines import append_line, read_lines
 from .recipe import Recipe
+from .significance import difference
 from .steps import Step
 from .tables import trainable_parameters
 from .tasks import voc
@@ -28,9 +27,6 @@ from .weights import fingerprint
 METHODS = ("fixed", "adapter", "e3va", "full")
 TRAIN_IMAGES, VAL_IMAGES, DATA_SEED = 520, 160, 0
 ROUNDS = 8  # timed steps per method
-
-# Two-sided 95 % points of Student's t for 1, 2, ... degrees of freedom
-T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 def compare(
@@ -75,7 +71,7 @@ def compare(
     num_classes = len(train_set.classes)
     task = f"{source}: {len(train_set)} images for training, {len(val_set)} to evaluate, AP at IoU .5 over all points"
     ap: dict[str, list[float]] = {spec: [] for spec in methods}
-    known = _read_lines(partial)
+    known = read_lines(partial)
     for seed in range(recipe.seed, recipe.seed + seeds):
         for spec in methods:  # methods inside seeds: after each seed all of them stand side by side
             seeded = replace(recipes[spec], seed=seed)
@@ -86,9 +82,7 @@ def compare(
             if done is None:
                 fit(model, train_set, seeded, device)
                 done = evaluate(model, val_set, seeded, device)["ap50_all_point"]
-                partial.parent.mkdir(parents=True, exist_ok=True)
-                with partial.open("a") as file:
-                    file.write("\n" + json.dumps({**run, "ap50": done}))  # after whatever was cut off
+                append_line(partial, {**run, "ap50": done})
             ap[spec].append(done)
     models = {spec: build_model(recipes[spec], num_classes).to(device) for spec in methods}
     cost = _cost(models, recipes, train_set, device)
@@ -117,15 +111,6 @@ def compare(
     }
 
 
-def _read_lines(path: Path) -> list[dict]:
-    """JSON lines; one that was cut off in the middle is left out."""
-    lines = []
-    for text in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):
-            lines.append(json.loads(text))
-    return lines
-
-
 def _cost(models: dict, recipes: dict, dataset: Dataset, device: torch.device) -> dict[str, dict]:
     """Peak bytes and seconds of one training step of each model, on the same batch."""
     recipe = next(iter(recipes.values()))
@@ -140,14 +125,12 @@ def _cost(models: dict, recipes: dict, dataset: Dataset, device: torch.device) -
 
 
 def _difference(ap: dict[str, list[float]], method: str, other: str) -> dict:
-    deltas = [a - b for a, b in zip(ap[method], ap[other], strict=True)]
-    half = T95[len(deltas) - 2] * statistics.stdev(deltas) / math.sqrt(len(deltas))
-    mean = statistics.fmean(deltas)
+    found = difference(ap[method], ap[other])
     return {
         "method": method,
         "minus": other,
-        "mean": round(mean, 4),
-        "interval95": [round(mean - half, 4), round(mean + half, 4)],
+        "mean": round(found.mean, 4),
+        "interval95": [round(found.low, 4), round(found.high, 4)],
     }
 
 

@@ -29,6 +29,7 @@ STRUCTURES = {
 ADAPTERS = {"low_rank": LowRankAdapter, "standard": StandardAdapter}
 REDUCTIONS = ("inherited", "trainable")
 FPN_INPUTS = ("e", "e+l")
+STARTS = ("identity", "random")
 MEMORY = (*fast.WAYS, "reference")
 
 
@@ -46,6 +47,7 @@ class E3VA(nn.Module):
             trained (Table 6).
         fpn_norm_trainable: Whether the norms before the neck are trained (Table 6).
         fpn_input: What the norms see: the highway ``e``, or ``e+l``.
+        start: New adapters are the identity, or, with ``random``, their outer factors are random like the inner ones.
         memory: How a parallel highway is computed: ``store``, ``compress`` or ``recompute`` say what happens to the
             taps until the backward pass, see :mod:`e3va_lite.fast`; ``reference`` computes equations (7) and (8)
             word for word and leaves the rest to autograd, and is the only way for ``stacked`` and ``chained``.
@@ -69,6 +71,7 @@ class E3VA(nn.Module):
         reduction: str = "inherited",
         fpn_norm_trainable: bool = True,
         fpn_input: str = "e",
+        start: str = "identity",
         memory: str | None = None,
     ) -> None:
         super().__init__()
@@ -79,6 +82,7 @@ class E3VA(nn.Module):
             ("adapter", adapter, ADAPTERS),
             ("reduction", reduction, REDUCTIONS),
             ("fpn_input", fpn_input, FPN_INPUTS),
+            ("start", start, STARTS),
             ("memory", memory, MEMORY),
         ):
             if value not in known:
@@ -102,6 +106,9 @@ class E3VA(nn.Module):
             )
             for stage in swin.layers[: self.last_stage]
         )
+        if start == "random":
+            for weight, _ in (adapter.outer for stage in self.adapters for pair in stage for adapter in pair):
+                nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
         # The first entry is the identity: a stage is reduced where it begins.
         own_reductions = [copy.deepcopy(stage.downsample) for stage in swin.layers[: self.last_stage]]
         self.reductions = nn.ModuleList(own_reductions).requires_grad_() if reduction == "trainable" else None

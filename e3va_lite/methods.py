@@ -193,6 +193,7 @@ def e3va(
     reduction="inherited",
     fpn_norm="trainable",
     fpn_input="e",
+    start="identity",
     memory=None,
 ) -> nn.Module:
     """Adapters on the gradient highway: no gradient enters the backbone."""
@@ -203,7 +204,8 @@ def e3va(
             f"rank={rank} is no longer low: two branches of it span the middle dimension {width} of the first stage.",
             stacklevel=3,
         )
-    return E3VA(swin, stages, structure, adapter, rank, middle, reduction, fpn_norm == "trainable", fpn_input, memory)
+    trained_norms = fpn_norm == "trainable"
+    return E3VA(swin, stages, structure, adapter, rank, middle, reduction, trained_norms, fpn_input, start, memory)
 
 
 def e3va_plus(swin: SwinTransformer, stages, rank=16, **options) -> nn.Module:
@@ -260,7 +262,7 @@ def build_backbone(
         drop_path_rate: Stochastic depth; only ``full`` ever runs it, elsewhere the backbone stays in eval mode.
         **options: What the method takes: ``fpn_norm="trainable"|"fixed"`` for all; ``checkpointing`` for those whose
             gradient runs through the backbone; ``rank``, ``middle``, ``structure``, ``adapter``, ``reduction``,
-            ``fpn_input``, ``memory`` for the E3VA family, see :class:`e3va_lite.highway.E3VA`.
+            ``fpn_input``, ``start``, ``memory`` for the E3VA family, see :class:`e3va_lite.highway.E3VA`.
 
     Returns:
         A module with ``features = backbone(images)``, ``backbone.out_channels``, ``backbone.strides`` and

@@ -6,12 +6,14 @@ import matplotlib.pyplot as plt
 import seaborn as sns
 
 from .memory import CATEGORIES, PHASES
+from .methods import METHODS
 
 COLOURS = {"full": "#8c8c8c", "fixed": "#b7c9e2", "adapter": "#e0a458"}  # the last for all that train inside
 HIGHWAY = "#2a7f62"
 MIB = 2**20
 
 CATEGORY_COLOURS = dict(zip(CATEGORIES, ("#4c5b6b", "#c44e52", "#8172b3", "#e0a458", "#d9d9d9"), strict=True))
+MARKED = (*METHODS, "fixed, norms trained", "from scratch")  # in the figures of the experiment
 TABLE_FIGURES = ("savings.png", "hours.png", "figure1.png")
 
 PANELS = (
@@ -141,6 +143,38 @@ def growth_figure(measured: dict, path: Path) -> None:
     figure.legend(handles, labels, loc="upper center", ncols=len(labels), frameon=False)
     figure.text(0.01, 0.01, f"{table['device']}, {table['precision']}, {table['date']}.", fontsize=8, color="0.4")
     figure.tight_layout(rect=(0, 0.02, 1, 0.95))
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def trade_offs(studies: dict, metrics: dict[str, str], path: Path) -> None:
+    """Accuracy over memory, trained parameters and time: a row of panels per study, a point with its interval per way.
+
+    Args:
+        studies: Of :func:`e3va_lite.report.summarise`.
+        metrics: The score's name per study.
+        path: Where to draw.
+    """
+    present = {study: arms for study, arms in studies.items() if any(arm in arms for arm in MARKED)}
+    if not present:
+        return
+    axes_of = (("peak", MIB, "peak of a training step, MiB"), ("trainable", 1e3, "trained in the backbone, thousands"))
+    axes_of += (("seconds_of_full", 1, "time of a training step, of full"),)
+    sns.set_theme(style="white", font_scale=0.9)
+    figure, axes = plt.subplots(len(present), 3, figsize=(13, 3.6 * len(present)), squeeze=False, sharey="row")
+    for row, (study, arms) in zip(axes, present.items(), strict=True):
+        for axis, (key, unit, label) in zip(row, axes_of, strict=True):
+            for name in (name for name in MARKED if name in arms and arms[name].get(key) is not None):
+                x, y, half = arms[name][key] / unit, 100 * arms[name]["mean"], 100 * arms[name]["half"]
+                axis.errorbar(x, y, half, fmt="o", ms=5, color=colour(name), capsize=2, lw=1)
+                axis.annotate(name, (x, y), (4, 4), textcoords="offset points", fontsize=7.5, color=colour(name))
+            if key == "trainable":
+                axis.set_xscale("symlog", linthresh=10)
+            axis.set_xlim(left=0)
+            axis.set_xlabel(label, fontsize=9)
+            sns.despine(ax=axis)
+        row[0].set_ylabel(f"{study}: {metrics[study]}, %", fontsize=9)
+    figure.tight_layout()
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

@@ -1,0 +1,365 @@
+"""What the runs of :mod:`e3va_lite.experiment` say: the paper's tables in miniature, its claims with a verdict each.
+
+Everything is computed from the lines of finished runs. Before anything was run it was decided that two points (.02) of
+AP or mIoU are the margin below which two ways of tuning count as near each other, that the verdicts' p-values are
+corrected together (Holm), and that a run that diverged counts with a score of 0.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from .experiment import ABLATIONS, ARMS, CONTROLS, LARGER, METHODS, STUDIES, chosen_rate
+from .plots import trade_offs
+from .significance import LEVEL, Difference, difference, holm, interval
+from .tables import printed
+
+MARGIN = 0.02
+METRICS = {
+    "detection": "AP at IoU .5",
+    "few images": "AP at IoU .5",
+    "segmentation": "mIoU",
+    "instances": "AP of boxes, IoU .50:.95",
+    "quick": "AP at IoU .5",
+}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Something that can hold or not: in ``study``, ``a`` is better than ``b``, or (``near``) not worse by the margin.
+
+    Attributes:
+        source: Where the paper says so; empty for a question of our own.
+        evidence: Table, its row for a and b, and column; or a sentence.
+    """
+
+    text: str
+    study: str
+    a: str
+    b: str
+    near: bool = False
+    source: str = ""
+    evidence: tuple[str, str, str, str] | str = ""
+
+    def printed(self) -> str:
+        """The paper's two numbers, or what it says instead."""
+        if isinstance(self.evidence, str):
+            return self.evidence
+        table, a, b, column = self.evidence
+        place = printed()[table]["columns"].index(column)
+        first, second = (printed()[table][row][place] for row in (a, b))
+        return "not legible" if None in (first, second) else f"{first:g} against {second:g}"
+
+
+def _claims() -> Iterator[Claim]:
+    column = {"detection": "ap_voc", "segmentation": "miou_ade20k", "instances": "ap_box"}
+    for study in (study for study in STUDIES if study != "quick"):
+        table = "table2" if study == "instances" else "table1"
+
+        def paper(b: str, study: str = study, table: str = table) -> dict:
+            if study not in column:
+                return {"source": "section 4.2", "evidence": "in words: full fine-tuning overfits few images"}
+            return {"source": f"Table {table[-1]}", "evidence": (table, "e3va", b, column[study])}
+
+        yield Claim("E3VA is better than a frozen backbone", study, "e3va", "fixed", **paper("fixed"))
+        yield Claim("... and than one with trained norms before the neck", study, "e3va", "fixed, norms trained")
+        yield Claim(
+            "E3VA is near adapters inside the backbone", study, "e3va", "adapter", near=True, **paper("adapter")
+        )
+        if study == "few images":
+            yield Claim("E3VA is better than full fine-tuning", study, "e3va", "full", **paper("full"))
+        else:
+            yield Claim("E3VA is near full fine-tuning", study, "e3va", "full", near=True, **paper("full"))
+    for study in ("detection", "segmentation"):
+        for a, b in (("e3va+", "e3va"), ("e3va++", "e3va+")):
+            evidence = ("table1", a, b, column[study])
+            yield Claim(f"{a} is better than {b}", study, a, b, source="Table 1", evidence=evidence)
+    ablation = {"study": "detection", "a": "e3va"}
+    yield Claim(
+        "Low-rank adapters are better than standard ones of as many parameters",
+        **ablation,
+        b="standard, as many parameters",
+        source="Table 5",
+        evidence=("table5", "low-rank", "standard", "ap_voc"),
+    )
+    for b in ("stacked", "chained"):
+        yield Claim(
+            f"Parallel adapters are better than {b} ones",
+            **ablation,
+            b=b,
+            source="Table 5",
+            evidence=("table5", "parallel", "stacked", "ap_voc"),
+        )
+    yield Claim(
+        "Inherited reductions are near trainable ones",
+        **ablation,
+        b="trainable reductions",
+        near=True,
+        source="Table 6",
+        evidence=("table6", "reductions inherited", "reductions trainable", "ap_voc"),
+    )
+    yield Claim(
+        "Trained norms before the neck are better than fixed ones",
+        **ablation,
+        b="fixed norms",
+        source="Table 6",
+        evidence=("table6", "norms trainable", "norms fixed", "ap_voc"),
+    )
+    yield Claim("Norm(e) is better than Norm(e + l)", **ablation, b="e + l")
+    yield Claim("A start at the identity is better than a random one", **ablation, b="random start")
+    yield Claim(
+        "A larger backbone under E3VA is better than a smaller one tuned as a whole",
+        "detection",
+        "larger, e3va",
+        "full",
+        source="Table 2",
+        evidence=("table2", "e3va on Swin-L", "full", "ap_box"),
+    )
+
+
+CLAIMS = tuple(_claims())
+
+
+def summarise(lines: list[dict]) -> dict:
+    """Scores, costs and claims as plain numbers.
+
+    Args:
+        lines: Of finished runs and measured costs.
+
+    Returns:
+        ``studies``: per study and arm the chosen learning rate, scores by seed, mean, half of the 95 % interval,
+        trained parameters, and peak and seconds where they were measured; ``claims``: see :func:`judged`; ``failed``:
+        runs that diverged; ``runs``: how many lines there are; ``measured``: devices, versions and dates.
+    """
+    runs = [line for line in lines if line.get("purpose") in ("choose", "test")]
+    costs = {
+        (line["study"], row["arm"]): row for line in lines if line.get("purpose") == "cost" for row in line["rows"]
+    }
+    studies: dict[str, dict] = {}
+    for study in STUDIES:
+        arms = {arm: _arm(runs, study, arm) for arm in ARMS}
+        studies[study] = {
+            arm: {**found, **costs.get((study, arm), {})} for arm, found in arms.items() if found is not None
+        }
+    measured = {(line["device"], line["versions"]["torch"], line["precision"], line["date"]) for line in runs}
+    return {
+        "studies": studies,
+        "claims": judged(studies),
+        "failed": [f"{x['study']}, {x['arm']}, lr {x['lr']}" for x in runs if x["status"] == "failed"],
+        "runs": len(runs),
+        "measured": sorted(measured),
+    }
+
+
+def _arm(runs: list[dict], study: str, arm: str) -> dict | None:
+    """What the runs of an arm came to; None before two of them were judged."""
+    own = [run for run in runs if (run["study"], run["arm"]) == (study, arm)]
+    tried = {run["lr"]: run["score"] for run in own if run["purpose"] == "choose"}
+    if not tried:
+        return None
+    lr = chosen_rate(tried)
+    tested = {run["seed"]: run for run in own if run["purpose"] == "test" and run["lr"] == lr}
+    if len(tested) < 2:
+        return None
+    scores = [tested[seed]["score"] for seed in sorted(tested)]
+    mean, half = interval(scores)
+    return {
+        "lr": lr,
+        "tried": {str(rate): score for rate, score in sorted(tried.items())},
+        "scores": dict(zip(map(str, sorted(tested)), scores, strict=True)),
+        "mean": mean,
+        "half": half,
+        "trainable": next(iter(tested.values()))["trainable"],
+    }
+
+
+def judged(studies: dict[str, dict]) -> list[dict]:
+    """The claims whose two arms were run: the difference with its interval, the corrected p-value and the verdict.
+
+    A verdict is ``holds``, ``does not`` (the opposite is significant) or ``undecided``.
+    """
+    found: list[tuple[Claim, Difference]] = []
+    for claim in CLAIMS:
+        arms = studies.get(claim.study, {})
+        if claim.a in arms and claim.b in arms:
+            a, b = arms[claim.a]["scores"], arms[claim.b]["scores"]
+            seeds = sorted(a.keys() & b.keys())
+            found.append((claim, difference([a[s] for s in seeds], [b[s] for s in seeds])))
+    margins = [-MARGIN if claim.near else 0.0 for claim, _ in found]
+    one_sided = [(d.p_more(m), d.p_less(m)) for (_, d), m in zip(found, margins, strict=True)]
+    corrected = holm([min(1.0, 2 * min(pair)) for pair in one_sided])
+    return [
+        {
+            "claim": claim.text,
+            "study": claim.study,
+            "kind": "near" if claim.near else "more",
+            "a": claim.a,
+            "b": claim.b,
+            "source": claim.source,
+            "paper": claim.printed(),
+            "difference": d.mean,
+            "interval95": [d.low, d.high],
+            "detectable": d.detectable,
+            "seeds": d.seeds,
+            "p": p,
+            "verdict": "undecided" if p >= LEVEL else "holds" if more < less else "does not",
+        }
+        for (claim, d), (more, less), p in zip(found, one_sided, corrected, strict=True)
+    ]
+
+
+def as_markdown(summary: dict) -> str:
+    """The report: tables beside the paper's, then the claims."""
+    studies = summary["studies"]
+    parts = ["# The paper in miniature", _setting(summary)]
+    table1 = {"detection": ("table1", "ap_voc"), "segmentation": ("table1", "miou_ade20k"), "few images": None}
+    parts += ["## Table 1: detection and segmentation", _methods(studies, table1)]
+    parts += ["## Table 2: instances", _methods(studies, {"instances": ("table2", "ap_box")})]
+    if studies.get("quick"):
+        parts += ["## The quick subset", _methods(studies, {"quick": None})]
+    parts += ["## Table 3: time of a training step", _times(studies)]
+    parts += ["## Tables 5 and 6, ranks and open readings: detection", _ablations(studies.get("detection", {}))]
+    parts += ["## A larger backbone: detection", _larger(studies.get("detection", {}))]
+    parts += ["## Claims", _claim_table(summary["claims"])]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _setting(summary: dict) -> str:
+    devices = sorted({device for device, *_ in summary["measured"]})
+    dates = sorted({date for *_, date in summary["measured"]})
+    failed = "; ".join(summary["failed"]) or "none"
+    return (
+        f"{summary['runs']} runs on {', '.join(devices)}, {dates[0]} to {dates[-1]}. Scores are percent on test "
+        "scenes: mean over seeds, half of the 95 % interval (Student's t), number of seeds. Learning rates were chosen "
+        f"per method on other scenes. Diverged, counted as 0: {failed}."
+    )
+
+
+def _score(row: dict | None) -> str:
+    return "" if row is None else f"{100 * row['mean']:.1f} ± {100 * row['half']:.1f} ({len(row['scores'])})"
+
+
+def _mib(row: dict) -> str:
+    return f"{row['peak'] / 2**20:.0f}" if "peak" in row else ""
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _methods(studies: dict, columns: dict[str, tuple[str, str] | None]) -> str:
+    present = [study for study in columns if studies.get(study)]
+    if not present:
+        return "Not run yet."
+    header = ["method", "trained"]
+    for study in present:
+        header += [f"{study}: {METRICS[study]}", *(["peak, MiB"]), *(["printed"] if columns[study] else [])]
+    rows = []
+    for arm in (*METHODS, *CONTROLS):
+        found = [studies[study].get(arm) for study in present]
+        if not any(found):
+            continue
+        row = [f"`{ARMS[arm].spec}`" if arm in METHODS else arm, f"{next(x for x in found if x)['trainable']:,}"]
+        for study, cell in zip(present, found, strict=True):
+            row += [_score(cell), _mib(cell or {}), *([_printed(columns[study], arm)] if columns[study] else [])]
+        rows.append(row)
+    return _table(header, rows)
+
+
+def _printed(place: tuple[str, str], row: str) -> str:
+    table, column = place
+    values = printed()[table].get(row)
+    value = None if values is None else values[printed()[table]["columns"].index(column)]
+    return "" if value is None else f"{value:g}"
+
+
+def _times(studies: dict) -> str:
+    columns = {"detection": "voc", "segmentation": "ade20k", "instances": "coco"}
+    present = [study for study in columns if any("seconds_of_full" in row for row in studies.get(study, {}).values())]
+    if not present:
+        return "Not measured yet."
+    header = ["method"] + [text for study in present for text in (f"{study}, of full", "printed")]
+    rows = []
+    for arm in METHODS:
+        row = [f"`{ARMS[arm].spec}`"]
+        for study in present:
+            share = studies[study].get(arm, {}).get("seconds_of_full")
+            place = printed()["table3"]["columns"].index(columns[study])
+            row += [
+                "" if share is None else f"{100 * share:.0f} %",
+                f"{100 * printed()['table3'][arm][place] / printed()['table3']['full'][place]:.0f} %",
+            ]
+        rows.append(row)
+    return _table(header, rows)
+
+
+def _ablations(arms: dict) -> str:
+    names = [name for name in ("e3va", "e3va+", "e3va++", *ABLATIONS) if name in arms]
+    if len(names) < 2:
+        return "Not run yet."
+    rows = []
+    for name in names:
+        speed = arms[name].get("images_per_second")
+        rows.append(
+            [
+                name,
+                f"`{ARMS[name].spec}`",
+                f"{arms[name]['trainable']:,}",
+                _score(arms[name]),
+                _mib(arms[name]),
+                "" if speed is None else f"{speed:.1f}",
+            ]
+        )
+    return _table(["", "options", "trained", METRICS["detection"], "peak, MiB", "images/s, inference"], rows)
+
+
+def _larger(arms: dict) -> str:
+    names = [name for name in ("full", "e3va", *LARGER) if name in arms]
+    if not set(LARGER) & set(names):
+        return "Not run yet."
+    rows = [
+        [
+            name,
+            ARMS[name].backbone,
+            _score(arms[name]),
+            _mib(arms[name]),
+        ]
+        for name in names
+    ]
+    return _table(["", "backbone", METRICS["detection"], "peak, MiB"], rows)
+
+
+def _claim_table(claims: list[dict]) -> str:
+    if not claims:
+        return "Nothing to judge yet."
+    rows = []
+    for claim in claims:
+        low, high = (100 * bound for bound in claim["interval95"])
+        rows.append(
+            [
+                claim["claim"],
+                claim["study"],
+                f"{claim['source']}: {claim['paper']}" if claim["source"] else "our question",
+                f"{100 * claim['difference']:+.1f} ({low:+.1f} to {high:+.1f}), {claim['seeds']} seeds",
+                f"{100 * claim['detectable']:.1f}",
+                f"{claim['p']:.3f}",
+                f"**{claim['verdict']}**",
+            ]
+        )
+    header = ["claim", "study", "the paper", "ours, points (95 %)", "detectable", "p, corrected", "verdict"]
+    return f"""{_table(header, rows)}
+
+*Near*: not worse by {100 * MARGIN:.0f} points or more. *Detectable*: the difference that so many seeds find with a
+probability of 80 %. p-values are two-sided, corrected after Holm."""
+
+
+def write(lines: list[dict], folder: Path) -> dict:
+    """``report.md``, ``report.json`` and the figures into a folder; the summary."""
+    folder.mkdir(parents=True, exist_ok=True)
+    summary = summarise(lines)
+    (folder / "report.md").write_text(as_markdown(summary))
+    (folder / "report.json").write_text(json.dumps(summary, indent=2) + "\n")
+    trade_offs(summary["studies"], METRICS, folder / "trade-offs.png")
+    return summary

@@ -1,0 +1,236 @@
+"""The paper in miniature: which runs come when, that a stopped experiment goes on, and what the report makes of it."""
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from e3va_lite import InputError, experiment, report
+from e3va_lite.cli import cli
+from e3va_lite.experiment import (
+    ARMS,
+    CHOOSE_SEED,
+    FIRST_RATES,
+    METHODS,
+    PARTS,
+    RATES,
+    STUDIES,
+    chosen_rate,
+    next_runs,
+    run_experiment,
+    seeds_of,
+)
+from e3va_lite.lines import read_lines
+from e3va_lite.methods import METHODS as WAYS
+from e3va_lite.methods import build_backbone, parse_method
+from e3va_lite.tables import trainable_parameters
+
+PAIR = ("detection", "e3va++")
+
+
+def line(purpose, lr, seed=CHOOSE_SEED, score=None, pair=PAIR):
+    made = {"study": pair[0], "arm": pair[1], "purpose": purpose, "lr": lr, "seed": seed}
+    return made if score is None else {**made, "score": score}
+
+
+def chosen(scores):
+    return [line("choose", lr, score=score) for lr, score in scores.items()]
+
+
+def wanted(lines, pairs=(PAIR,)):
+    return [(run.purpose, run.lr, run.seed) for run in next_runs(pairs, lines)]
+
+
+def test_first_the_learning_rates():
+    assert wanted([]) == [("choose", lr, CHOOSE_SEED) for lr in FIRST_RATES]
+    under_way = [line("choose", FIRST_RATES[0])]
+    assert wanted(under_way) == [("choose", lr, CHOOSE_SEED) for lr in FIRST_RATES[1:]]
+
+
+@pytest.mark.parametrize("best", [0, -1])
+def test_the_best_rate_has_worse_ones_on_both_sides(best):
+    low, _, high = FIRST_RATES
+    scores = dict.fromkeys(FIRST_RATES, 0.2) | {FIRST_RATES[best]: 0.3}
+    next_one = RATES[RATES.index(low) - 1] if best == 0 else RATES[RATES.index(high) + 1]
+    assert wanted(chosen(scores)) == [("choose", next_one, CHOOSE_SEED)]
+    assert wanted([*chosen(scores), line("choose", next_one)]) == []  # under way: nothing can be decided
+    assert wanted(chosen(scores | {next_one: 0.1}))[0] == ("test", FIRST_RATES[best], 0)
+
+
+def test_the_ends_of_the_rates_are_ends():
+    scores = {lr: 0.5 - place / 100 for place, lr in enumerate(RATES)}
+    assert wanted(chosen(scores))[0] == ("test", RATES[0], 0)
+
+
+def test_of_equal_rates_the_lowest():
+    assert chosen_rate({1e-3: 0.2, 3e-4: 0.2, 3e-3: 0.1}) == 3e-4
+
+
+def test_then_the_seeds():
+    lines = chosen(dict.fromkeys(FIRST_RATES, 0.1) | {1e-3: 0.3})
+    lines += [line("test", 1e-3, 0, 0.3), line("test", 1e-3, 2)]  # one done, one under way
+    assert wanted(lines) == [("test", 1e-3, seed) for seed in (1, 3, 4)]
+    assert wanted(lines, [("detection", "fixed")])[0] == ("choose", FIRST_RATES[0], CHOOSE_SEED)
+
+
+def test_scenes_to_choose_on_are_no_test_scenes():
+    assert experiment.CHOOSE_SCENES != experiment.TEST_SCENES
+    assert CHOOSE_SEED not in range(max(seeds_of(*pair) for pairs in PARTS.values() for pair in pairs))
+
+
+def test_every_part_is_made_of_studies_and_arms():
+    pairs = [pair for part in PARTS.values() for pair in part]
+    assert len(pairs) == len(set(pairs)) and all(study in STUDIES and arm in ARMS for study, arm in pairs)
+    for study in ("detection", "segmentation", "few images"):
+        assert {arm for s, arm in pairs if s == study} >= METHODS.keys()
+    assert {(claim.study, arm) for claim in report.CLAIMS for arm in (claim.a, claim.b)} <= set(pairs)
+
+
+def test_the_twelve_ways_with_ranks_that_are_low(recwarn):
+    assert list(METHODS) == list(WAYS)
+    for name, arm in METHODS.items():
+        method, options = parse_method(arm.spec)
+        assert method == name.rstrip("+")
+        build_backbone(method, arm.backbone, **options)
+    assert not [warning for warning in recwarn if "no longer low" in str(warning.message)]
+
+
+def test_the_standard_adapters_have_as_many_parameters():
+    """As nearly as a whole number of dimensions can."""
+    method, options = parse_method(ARMS["standard, as many parameters"].spec)
+    low_rank = trainable_parameters(build_backbone("e3va", "swin_nano", rank=2))
+    off = {
+        middle: abs(
+            trainable_parameters(build_backbone(method, "swin_nano", **{**options, "middle": middle})) - low_rank
+        )
+        for middle in range(4, 9)
+    }
+    assert options["middle"] == min(off, key=off.get) and min(off.values()) < 0.04 * low_rank
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """The experiment with next to no images and steps."""
+    monkeypatch.setattr(experiment, "STUDIES", {"detection": experiment.Study("mini-detection", images=4, steps=1)})
+    sizes = {"TRAIN_IMAGES": 6, "TEST_IMAGES": 2, "CHOOSE_IMAGES": 2, "SEEDS": 2, "SEEDS_OF_CLAIMED": 2}
+    for name, value in sizes.items():
+        monkeypatch.setattr(experiment, name, value)
+    monkeypatch.setattr(experiment, "RATES", (1e-3, 3e-3))
+    monkeypatch.setattr(experiment, "FIRST_RATES", (1e-3, 3e-3))
+
+
+def test_a_stopped_experiment_goes_on(tiny, tmp_path):
+    file, arms = tmp_path / "runs.jsonl", [("detection", "fixed"), ("detection", "e3va")]
+
+    def go():
+        run_experiment(arms, read_lines(file), file, tmp_path / "data", torch.device("cpu"), 2)
+        return read_lines(file)
+
+    whole = go()
+    assert [x["purpose"] for x in whole].count("choose") == 4 and len(whole) == 8
+    assert all(x["status"] == "done" and x["versions"]["torch"] and x["weights"] for x in whole)
+    assert go() == whole  # nothing left to do
+    kept = [x for x in whole if (x["arm"], x["purpose"], x["seed"]) != ("e3va", "test", 1)]
+    others = [{**x, "recipe": {**x["recipe"], "clip": 0.5}} for x in whole if x not in kept]
+    file.write_text("".join(json.dumps(x) + "\n" for x in [*kept, *others]) + '{"study": "dete')
+    again = go()
+    assert len(again) == 9  # the cut line is nobody's, and a run with another recipe is not this one
+    assert again[-1]["score"] == next(x for x in whole if x not in kept)["score"]
+    assert again[-1]["last_losses"] == next(x for x in whole if x not in kept)["last_losses"]
+
+
+def test_a_run_that_diverges_is_a_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment, "TRAIN_IMAGES", 4)
+    monkeypatch.setattr(experiment, "TEST_IMAGES", 1)
+    experiment.write_worlds(tmp_path, ["detection"])
+    recipe = experiment.Run("detection", "full", "test", 1e30, 0).recipe()
+    found = experiment.perform(experiment.replace(recipe, steps=3, clip=None), 4, "test", tmp_path, "cpu")
+    assert (found["status"], found["score"]) == ("failed", 0.0) and "lower lr" in found["message"]
+
+
+def run_lines(arms):
+    """Lines as an experiment would leave them: chosen rate 1e-3, scores by seed."""
+    lines = []
+    for (study, arm), scores in arms.items():
+        about = {"device": "a CPU", "versions": {"torch": "2"}, "precision": "float32", "date": "2026-01-01"}
+        about |= {"status": "done", "trainable": 7}
+        for lr, score in dict.fromkeys(FIRST_RATES, 0.0).items():
+            lines.append({**line("choose", lr, score=score or (lr == 1e-3) * 0.5, pair=(study, arm)), **about})
+        lines += [{**line("test", 1e-3, s, score, (study, arm)), **about} for s, score in enumerate(scores)]
+    return lines
+
+
+def verdicts(arms):
+    summary = report.summarise(run_lines(arms))
+    return {claim["claim"]: claim["verdict"] for claim in summary["claims"]}
+
+
+FIXED, NEAR_FULL, ADAPTER = [0.20, 0.21, 0.19, 0.2], [0.30, 0.32, 0.29, 0.31], [0.31, 0.32, 0.30, 0.315]
+
+
+def test_verdicts():
+    found = verdicts(
+        {
+            ("detection", "e3va"): [0.30, 0.31, 0.29, 0.305],
+            ("detection", "fixed"): FIXED,
+            ("detection", "adapter"): [0.302, 0.311, 0.293, 0.306],
+            ("detection", "full"): [0.4, 0.41, 0.42, 0.39],
+            ("detection", "stacked"): [0.1, 0.5, 0.2, 0.4],
+        }
+    )
+    assert found == {
+        "E3VA is better than a frozen backbone": "holds",
+        "E3VA is near adapters inside the backbone": "holds",
+        "E3VA is near full fine-tuning": "does not",
+        "Parallel adapters are better than stacked ones": "undecided",
+    }
+
+
+def test_many_claims_ask_for_more():
+    """A difference that is significant alone is not where there are many."""
+    pair = {("detection", "e3va"): [0.30, 0.32, 0.29, 0.31], ("detection", "fixed"): [0.28, 0.29, 0.28, 0.28]}
+    assert list(verdicts(pair).values()) == ["holds"]
+    noise = [0.1, 0.5, 0.2, 0.4]
+    others = {("detection", arm): noise for arm in ("stacked", "chained", "e + l", "random start", "fixed norms")}
+    assert verdicts(pair | others)["E3VA is better than a frozen backbone"] == "undecided"
+
+
+def test_the_report_says_what_the_lines_say(tmp_path):
+    arms = {("detection", "e3va"): [0.30, 0.32], ("detection", "fixed"): [0.20, 0.24], ("quick", "full"): [0.1, 0.2]}
+    lines = run_lines(arms)
+    costs = [{"arm": "e3va", "peak": 3 * 2**20, "seconds": 1.0, "images_per_second": 4.0}]
+    lines.append({"purpose": "cost", "study": "detection", "rows": costs})
+    lines[0] |= {"status": "failed"}
+    path = tmp_path / "runs.jsonl"
+    path.write_text("".join(json.dumps(x) + "\n" for x in lines))
+    done = CliRunner().invoke(cli, ["report", str(path), "--out", str(tmp_path / "report")])
+    assert done.exit_code == 0, done.exception
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "| `e3va:rank=2` | 7 | 31.0 ± 12.7 (2) | 3 | 86.5 |" in text  # t(1) = 12.706, deviation 1.41 / sqrt 2
+    assert "detection, e3va, lr 0.0003" in text and "a CPU" in text and "| full" not in text.split("## Table 2")[0]
+    summary = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert summary["studies"]["detection"]["e3va"]["mean"] == pytest.approx(0.31)
+    assert (tmp_path / "report" / "trade-offs.png").stat().st_size > 10_000
+
+
+def test_the_papers_numbers_beside_the_claims():
+    papers = {(claim.text, claim.study): claim.printed() for claim in report.CLAIMS}
+    assert papers["E3VA is better than a frozen backbone", "detection"] == "86.5 against 83.6"
+    assert papers["E3VA is near adapters inside the backbone", "segmentation"] == "49.64 against 50.78"
+    assert papers["Parallel adapters are better than chained ones", "detection"] == "86.5 against 85.9"
+    assert papers["Trained norms before the neck are better than fixed ones", "detection"] == "not legible"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["reproduce", "--part", "cor"], "did you mean core"),
+        (["report", "nothing.jsonl"], "holds no finished runs"),
+    ],
+)
+def test_bad_input(words, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(cli, words)
+    assert isinstance(result.exception, InputError) and message in str(result.exception)
+    assert not list(tmp_path.iterdir())
