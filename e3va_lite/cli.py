@@ -402,7 +402,7 @@ def export(run, out, backbone_only, best, weights) -> None:
 def reproduce(parts, quick, data, out, jobs, costs, device) -> None:
     """The paper in miniature: all ways of tuning, three tasks, ablations, over several seeds.
 
-    Parts: core, few, instances, methods, few-methods, ablations, larger. Some hours on two cores. Stop it whenever you
+    Parts: core, few, instances, methods, few-methods, ablations. Some hours on two cores. Stop it whenever you
     want: the same command goes on with the runs that are missing. `e3va report` says what came out.
     """
     from .experiment import PARTS, QUICK, measure_costs, run_experiment
@@ -469,13 +469,16 @@ def data() -> None:
 @click.option("--train", "train_images", default=480, show_default=True, type=click.IntRange(1))
 @click.option("--val", "val_images", default=160, show_default=True, type=click.IntRange(1))
 @click.option("--size", default=224, show_default=True, type=click.IntRange(64), help="Pixels per side.")
+@click.option(
+    "--world", type=click.Choice(["stained", "plain"]), default="stained", show_default=True, help="What colour means."
+)
 @click.option("--seed", default=0, show_default=True)
 @overwrite
-def shapes(out, layout, train_images, val_images, size, seed, overwrite) -> None:
+def shapes(out, layout, train_images, val_images, size, world, seed, overwrite) -> None:
     """Generate scenes of shapes in the genuine layout of Pascal VOC, COCO or ADE20K, into the folder OUT."""
     from .datasets.shapes import write_scenes
 
-    write_scenes(out, layout, train_images, val_images, seed=seed, size=size, overwrite=overwrite)
+    write_scenes(out, layout, train_images, val_images, seed=seed, size=size, world=world, overwrite=overwrite)
     click.echo(f"saved: {out}, {train_images} + {val_images} images in {layout} layout")
 
 

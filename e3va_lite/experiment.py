@@ -7,12 +7,13 @@ seed. A finished run is a line of a JSON lines file, from which :mod:`e3va_lite.
 """
 
 import json
+import os
+import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
-from functools import partialmethod
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -100,12 +101,7 @@ ABLATIONS = {
     "rank 16": Arm("e3va:rank=16"),
     "adapter, the paper's width": Arm("adapter:middle=64"),
 }
-LARGER = {
-    "larger, e3va": Arm("e3va:rank=2", "swin_nano_deep"),
-    "larger, e3va++": Arm("e3va:rank=8", "swin_nano_deep"),
-    "larger, full": Arm("full", "swin_nano_deep"),
-}
-ARMS = METHODS | CONTROLS | ABLATIONS | LARGER
+ARMS = METHODS | CONTROLS | ABLATIONS
 CORE = ("fixed", "adapter", "e3va", "full")
 REST = [*(name for name in METHODS if name not in CORE), *CONTROLS]
 #: What can be run by itself; all of it is the experiment.
@@ -116,7 +112,6 @@ PARTS: dict[str, list[tuple[str, str]]] = {
     "methods": [(study, arm) for study in ("detection", "segmentation") for arm in REST],
     "few-methods": [("few images", arm) for arm in REST if arm not in CONTROLS],
     "ablations": [("detection", arm) for arm in ABLATIONS],
-    "larger": [("detection", arm) for arm in LARGER],
 }
 QUICK = [("quick", arm) for arm in CORE]
 
@@ -128,7 +123,8 @@ CHOOSE_SEED = 1000  # of the runs that choose; those that are judged have 0, 1, 
 SEEDS, SEEDS_OF_CLAIMED, SEEDS_OF_QUICK = 5, 8, 2
 CLAIMED = ("fixed", "fixed, norms trained", "adapter", "e3va", "full")
 TRAIN_IMAGES, TEST_IMAGES, CHOOSE_IMAGES = 480, 160, 100
-TEST_SCENES, CHOOSE_SCENES = 0, 1  # seeds of the two worlds of scenes; training images are of the first
+WORLD = "plain"  # of the scenes
+TEST_SCENES, CHOOSE_SCENES = 0, 1  # seeds of scenes; training images are of the first
 
 
 @dataclass(frozen=True)
@@ -190,7 +186,7 @@ def _rates(tried: dict[float, float | None]) -> list[float]:
     return [lr for lr in RATES[max(place - 1, 0) : place + 2] if lr not in tried]
 
 
-def write_worlds(data: Path, studies: Iterable[str]) -> None:
+def write_data(data: Path, studies: Iterable[str]) -> None:
     """The scenes of the studies below ``data``; what is there stays."""
     for recipe in {STUDIES[study].recipe for study in studies}:
         loaded = load_recipe(recipe)
@@ -198,26 +194,26 @@ def write_worlds(data: Path, studies: Iterable[str]) -> None:
             ("test", TEST_SCENES, TRAIN_IMAGES, TEST_IMAGES),
             ("choose", CHOOSE_SCENES, 1, CHOOSE_IMAGES),
         ):
-            write_scenes(_world(data, loaded, name), loaded.task, train, val, seed, training_size(loaded)[0])
+            write_scenes(_scenes(data, loaded, name), loaded.task, train, val, seed, training_size(loaded)[0], WORLD)
 
 
-def _world(data: Path, recipe: Recipe, name: str) -> Path:
+def _scenes(data: Path, recipe: Recipe, name: str) -> Path:
     return data / f"{recipe.task}-{name}"
 
 
-def perform(recipe: Recipe, images: int | None, world: str, data: Path, device: str) -> dict:
+def perform(recipe: Recipe, images: int | None, purpose: str, data: Path, device: str) -> dict:
     """Train and judge; the run's line without what :func:`setting` says.
 
     A training that diverges is a run, too: its ``status`` is ``failed`` and its score 0.
 
     Args:
         images: Train on the first so many, or on all.
-        world: The scenes to judge on: ``choose`` or ``test``.
+        purpose: The scenes to judge on: ``choose`` or ``test``.
         data: Folder of the scenes.
     """
     task, where = task_module(recipe.task), torch.device(device)
-    train_set = task.dataset(recipe, _world(data, recipe, "test"), recipe.train_split, recipe.classes, train=True)
-    judged = task.dataset(recipe, _world(data, recipe, world), recipe.eval_split, train_set.classes)
+    train_set = task.dataset(recipe, _scenes(data, recipe, "test"), recipe.train_split, recipe.classes, train=True)
+    judged = task.dataset(recipe, _scenes(data, recipe, purpose), recipe.eval_split, train_set.classes)
     model = build_model(recipe, len(train_set.classes))
     shown = train_set if images is None else Subset(train_set, range(images))
     line = {"trainable": trainable_parameters(model.backbone.body), **machine(recipe, where)}
@@ -240,7 +236,7 @@ def perform(recipe: Recipe, images: int | None, world: str, data: Path, device: 
 def setting(run: Run, fingerprints: dict[str, str]) -> dict:
     """Everything that a run's result depends on besides the code: a line of another setting is not this run's."""
     recipe = run.recipe()
-    images = {"version": VERSION, "train": STUDIES[run.study].images or TRAIN_IMAGES}
+    images = {"world": WORLD, "version": VERSION, "train": STUDIES[run.study].images or TRAIN_IMAGES}
     images |= {"test": TEST_IMAGES} if run.purpose == "test" else {"choose": CHOOSE_IMAGES}
     weights = fingerprints[recipe.backbone] if recipe.pretrained else None
     return {**asdict(run), "recipe": asdict(recipe), "scenes": images, "weights": weights}
@@ -259,7 +255,7 @@ def run_experiment(
         file: To which finished runs are added.
         data: Folder of the scenes, which are made where they are missing.
     """
-    write_worlds(data, {study for study, _ in arms})
+    write_data(data, {study for study, _ in arms})
     backbones = {ARMS[arm].backbone for _, arm in arms}
     fingerprints = {name: fingerprint(create_swin(name, pretrained=True)) for name in backbones}
     known = [line for line in lines if _is_ours(line, fingerprints)]
@@ -351,4 +347,4 @@ def _settle() -> None:
     """What a process does before its first run: one thread, and not a word of its own on the terminal."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115, progress bars of single runs, for as long as the process lives

@@ -99,6 +99,7 @@ class ADE20KRecipe(Recipe):
     scale: list[int] = field(default_factory=lambda: [2048, 512])  # long and short side that an image is fitted into
     ratio: list[float] = field(default_factory=lambda: [0.5, 2.0])  # of that size, when training
     crop: int = 512
+    class_weights: list[float] | None = None  # in the loss; where one class has most of the pixels
 
 
 TASKS: dict[str, type[Recipe]] = {"voc": VOCRecipe, "coco": COCORecipe, "ade20k": ADE20KRecipe}

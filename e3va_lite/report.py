@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .experiment import ABLATIONS, ARMS, CONTROLS, LARGER, METHODS, STUDIES, chosen_rate
+from .experiment import ABLATIONS, ARMS, CONTROLS, METHODS, STUDIES, chosen_rate
 from .plots import trade_offs
 from .significance import LEVEL, Difference, difference, holm, interval
 from .tables import printed
@@ -108,14 +108,6 @@ def _claims() -> Iterator[Claim]:
     )
     yield Claim("Norm(e) is better than Norm(e + l)", **ablation, b="e + l")
     yield Claim("A start at the identity is better than a random one", **ablation, b="random start")
-    yield Claim(
-        "A larger backbone under E3VA is better than a smaller one tuned as a whole",
-        "detection",
-        "larger, e3va",
-        "full",
-        source="Table 2",
-        evidence=("table2", "e3va on Swin-L", "full", "ap_box"),
-    )
 
 
 CLAIMS = tuple(_claims())
@@ -220,7 +212,6 @@ def as_markdown(summary: dict) -> str:
         parts += ["## The quick subset", _methods(studies, {"quick": None})]
     parts += ["## Table 3: time of a training step", _times(studies)]
     parts += ["## Tables 5 and 6, ranks and open readings: detection", _ablations(studies.get("detection", {}))]
-    parts += ["## A larger backbone: detection", _larger(studies.get("detection", {}))]
     parts += ["## Claims", _claim_table(summary["claims"])]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -313,22 +304,6 @@ def _ablations(arms: dict) -> str:
             ]
         )
     return _table(["", "options", "trained", METRICS["detection"], "peak, MiB", "images/s, inference"], rows)
-
-
-def _larger(arms: dict) -> str:
-    names = [name for name in ("full", "e3va", *LARGER) if name in arms]
-    if not set(LARGER) & set(names):
-        return "Not run yet."
-    rows = [
-        [
-            name,
-            ARMS[name].backbone,
-            _score(arms[name]),
-            _mib(arms[name]),
-        ]
-        for name in names
-    ]
-    return _table(["", "backbone", METRICS["detection"], "peak, MiB"], rows)
 
 
 def _claim_table(claims: list[dict]) -> str:

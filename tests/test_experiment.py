@@ -143,7 +143,7 @@ def test_a_stopped_experiment_goes_on(tiny, tmp_path):
 def test_a_run_that_diverges_is_a_run(tmp_path, monkeypatch):
     monkeypatch.setattr(experiment, "TRAIN_IMAGES", 4)
     monkeypatch.setattr(experiment, "TEST_IMAGES", 1)
-    experiment.write_worlds(tmp_path, ["detection"])
+    experiment.write_data(tmp_path, ["detection"])
     recipe = experiment.Run("detection", "full", "test", 1e30, 0).recipe()
     found = experiment.perform(experiment.replace(recipe, steps=3, clip=None), 4, "test", tmp_path, "cpu")
     assert (found["status"], found["score"]) == ("failed", 0.0) and "lower lr" in found["message"]

@@ -690,12 +690,36 @@ def test_the_papers_model_on_the_meta_device():
     assert losses["decode"].is_meta and losses["decode"].requires_grad
 
 
+def test_class_weights():
+    """The losses are means over pixels, each with its class's weight; void ones have none."""
+    images, targets = batch_of((64, 64), (64, 64))
+    counts = torch.bincount(torch.stack([target["mask"] for target in targets]).flatten(), minlength=5)[:5]
+
+    def losses(weights):
+        torch.manual_seed(0)
+        model = build_upernet(build_backbone("fixed", "swin_nano"), 5, head_channels=16, class_weights=weights).train()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout2d):
+                module.p = 0.0
+        return model(images, targets)
+
+    single = [losses([float(k == wanted) for k in range(5)]) for wanted in range(5)]
+    plain, chosen = losses(None), [0.1, 2.0, 1.0, 0.0, 1.0]
+    for name, value in losses(chosen).items():
+        sums = torch.stack([found[name] for found in single]) * counts
+        weights = torch.tensor(chosen)
+        torch.testing.assert_close(value, (weights * sums).sum() / (weights * counts).sum())
+        torch.testing.assert_close(plain[name], sums.sum() / (2 * 64 * 64))  # mmsegmentation's own counts void ones
+
+
 def test_bad_models():
     backbone = build_backbone("fixed", "swin_nano")
     with pytest.raises(InputError, match="num_classes is 1"):
         build_upernet(backbone, 1)
     with pytest.raises(InputError, match=r"scale=\[64, 16\]"):
         build_upernet(backbone, 5, scale=(64, 16))
+    with pytest.raises(InputError, match="a number for each of 5 classes"):
+        build_upernet(backbone, 5, class_weights=[1.0, 2.0])
     backbone.strides = [4, 8, 16, 64]
     with pytest.raises(InputError, match="promise"):
         build_upernet(backbone, 5, head_channels=8).eval()([torch.rand(3, 512, 512)])

@@ -19,6 +19,7 @@ from e3va_lite.datasets.shapes import (
     COCO_IDS,
     FIRST_VAL,
     VOID,
+    WORLDS,
     WRITERS,
     _annotate,
     _coco_region,
@@ -33,7 +34,10 @@ from e3va_lite.errors import InputError
 from e3va_lite.pretrain import PRETRAIN_OUTLINES
 
 TRAIN, VAL, SEED, SIZE = 28, 6, 4, 144
-SPLITS = {"train": [(SEED, i, SIZE) for i in range(TRAIN)], "val": [(SEED, FIRST_VAL + i, SIZE) for i in range(VAL)]}
+SPLITS = {
+    "train": [(SEED, i, SIZE, "stained") for i in range(TRAIN)],
+    "val": [(SEED, FIRST_VAL + i, SIZE, "stained") for i in range(VAL)],
+}
 
 cached_scene = functools.cache(scene)
 
@@ -110,22 +114,57 @@ def test_bodies_can_be_seen_yet_are_no_beacons(scenes):
     assert 15 < np.median(contrast) < 60  # of 255
 
 
-def test_the_stain_tells_the_class(scenes):
-    """The share of light that a body takes away is a wave over red, green and blue, whose phase is the class's own."""
+def phases_off(scenes):
+    """How far the colours of bodies are from their classes' stains, (bodies,), in -pi..pi.
+
+    The share of light that a body takes away is a wave over red, green and blue; a stain is its phase.
+    """
     off = []
-    for s in scenes["train"]:
+    for s in scenes:
         ground = np.median(s.image[s.instances == 0], axis=0)
         for k in np.flatnonzero(~s.difficult & ~s.crowd):
             absorbed = np.log(ground / s.image[s.instances == k + 1].mean(axis=0))
             phase = np.angle(absorbed @ np.exp(2j * np.pi * np.arange(3) / 3))
             off.append(np.angle(np.exp(1j * (phase - 2 * np.pi * s.labels[k] / len(CLASSES)))))
+    return np.array(off)
+
+
+def test_the_stain_tells_the_class(scenes):
+    off = phases_off(scenes["train"])
     assert np.median(np.abs(off)) < np.pi / len(CLASSES) / 2  # other bodies above and below mix their colours in
+
+
+def test_in_the_plain_world_colour_tells_nothing(scenes):
+    def concentration(off):  # 0 for directions from everywhere, 1 for one and the same
+        return np.abs(np.exp(1j * off).mean())
+
+    plain = phases_off(scene(SEED, i, SIZE, "plain") for i in range(TRAIN))
+    assert len(plain) > 100 and concentration(plain) < 0.2 < 0.6 < concentration(phases_off(scenes["train"]))
+
+
+def test_a_decoy_of_the_plain_world_has_the_outline_of_no_class():
+    decoys = [decoy for seed in range(20) for decoy in _decoys(np.random.default_rng(seed), SIZE, WORLDS["plain"])]
+    known = {len(OUTLINES[name]) for name in OUTLINES if name not in CLASSES}
+    assert {len(polygon) for _, _, polygon in decoys} == known and all(k == 0 for k, *_ in decoys)
+
+
+def test_a_folder_knows_its_world(tmp_path):
+    write_scenes(tmp_path, "voc", 1, 1, seed=0, size=64)
+    assert "world" not in json.loads((tmp_path / "shapes.json").read_text())  # as when there was only one
+    with pytest.raises(InputError, match="world None, not plain"):
+        write_scenes(tmp_path, "voc", 1, 1, seed=0, size=64, world="plain")
+    write_scenes(tmp_path, "voc", 1, 1, seed=0, size=64, world="plain", overwrite=True)
+    assert json.loads((tmp_path / "shapes.json").read_text())["world"] == "plain"
+    with pytest.raises(InputError, match="other scenes"):
+        write_scenes(tmp_path, "voc", 1, 1, seed=0, size=64)
+    with pytest.raises(InputError, match="did you mean plain"):
+        write_scenes(tmp_path / "new", "voc", 1, 1, seed=0, size=64, world="plian")
 
 
 def test_a_decoy_wears_the_stain_of_another_class():
     corners = [len(OUTLINES[name]) for name in CLASSES]
     assert len(set(corners)) == len(CLASSES)  # so that a polygon tells its class
-    decoys = [decoy for seed in range(20) for decoy in _decoys(np.random.default_rng(seed), SIZE)]
+    decoys = [decoy for seed in range(20) for decoy in _decoys(np.random.default_rng(seed), SIZE, WORLDS["stained"])]
     outlines = [corners.index(len(polygon)) for _, _, polygon in decoys]
     assert {(outline, stain) for outline, (_, stain, _) in zip(outlines, decoys, strict=True)} == {
         (a, b) for a in range(len(CLASSES)) for b in range(len(CLASSES)) if a != b
@@ -367,10 +406,10 @@ def test_other_scenes_are_kept_without_overwrite(tmp_path):
 def test_half_written_folder_is_finished(tmp_path, monkeypatch, layout):
     small(tmp_path / "whole", layout=layout)
 
-    def cut_off(seed, index, size):
+    def cut_off(seed, index, size, world):
         if index == 1:
             raise KeyboardInterrupt
-        return scene(seed, index, size)
+        return scene(seed, index, size, world)
 
     with monkeypatch.context() as patch:
         patch.setattr(shapes, "scene", cut_off)

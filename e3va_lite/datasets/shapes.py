@@ -1,10 +1,12 @@
 """Generated scenes on disk, in the genuine Pascal VOC, COCO and ADE20K layouts: what can be tried without a download.
 
 The look is that of a stained slide under a microscope: translucent bodies with dark rims on a mottled ground, in uneven
-light. Half of the six classes have outlines that pretraining showed, half were kept from it. And colour, which meant
-nothing in pretraining, has a meaning here: each class takes up a stain of its own, and a body of the same outline in
-another's stain is a decoy. So a frozen backbone is good, but not enough. Read from ``scene`` down; each layout has one
-writer.
+light. Half of the six classes have outlines that pretraining showed, half were kept from it.
+
+There are two worlds. In the ``stained`` one colour, which meant nothing in pretraining, has a meaning: each class takes
+up a stain of its own, and a body of the same outline in another's stain is a decoy. In the ``plain`` one it means
+nothing here either: decoys have outlines that are no class's. In both a frozen backbone is good, but not enough. Read
+from ``scene`` down; each layout has one writer.
 """
 
 import itertools
@@ -39,6 +41,24 @@ FOLDERS = (
 
 
 @dataclass(frozen=True)
+class World:
+    """A kind of scenes.
+
+    Attributes:
+        stained: Whether colour tells the class.
+        zoom: How large bodies are.
+        decoys: How many of them there are, half-open.
+    """
+
+    stained: bool
+    zoom: float
+    decoys: tuple[int, int]
+
+
+WORLDS = {"stained": World(True, 1.0, (4, 9)), "plain": World(False, 1.25, (3, 6))}
+
+
+@dataclass(frozen=True)
 class Scene:
     """One image and what there is to know about its N objects, in the order of the values of ``instances``."""
 
@@ -51,18 +71,19 @@ class Scene:
     crowd: np.ndarray  # bool (N,), in a heap of one class that COCO annotates as a whole
 
 
-def scene(seed: int, index: int, size: int = 224) -> Scene:
-    """Scene ``index`` of the endless series ``seed``; ``size`` pixels square.
+def scene(seed: int, index: int, size: int = 224, world: str = "stained") -> Scene:
+    """Scene ``index`` of the endless series ``seed`` in a world, a key of ``WORLDS``; ``size`` pixels square.
 
     Of the scenes 0 to 24 one holds no object and two hold a crowd; so it is in the next 25, and so on.
     """
     rng = np.random.default_rng((seed, index))
     special = np.random.default_rng((seed, index // 25)).permutation(25)[index % 25]
-    look = _Look(rng, size)
+    kind = WORLDS[world]
+    look = _Look(rng, size, kind.stained)
     canvas = look.ground()
     instances = np.zeros((size, size), np.uint8)
-    things = [] if special == 0 else _things(rng, size, with_crowd=special in (1, 2))
-    bodies = [(k, *thing[:2]) for k, thing in enumerate(things, start=1)] + _decoys(rng, size)
+    things = [] if special == 0 else _things(rng, size, kind, with_crowd=special in (1, 2))
+    bodies = [(k, *thing[:2]) for k, thing in enumerate(things, start=1)] + _decoys(rng, size, kind)
     rng.shuffle(bodies)
     for k, stain, polygon in bodies:
         box, mask = fill(polygon, size, size)
@@ -72,26 +93,34 @@ def scene(seed: int, index: int, size: int = 224) -> Scene:
     return Scene(look.photograph(canvas), *_annotate(instances, things))
 
 
-def _things(rng: Rng, size: int, with_crowd: bool) -> list[tuple[int, np.ndarray, bool]]:
+def _things(rng: Rng, size: int, world: World, with_crowd: bool) -> list[tuple[int, np.ndarray, bool]]:
     """The objects of a scene: class, polygon and whether it is one of a crowd."""
     labels = rng.integers(len(CLASSES), size=rng.integers(6, 12)).tolist()
-    things = [(label, _somewhere(rng, size, CLASSES[label], 14, 28), False) for label in labels]
+    things = [(label, _body(rng, size, world, CLASSES[label]), False) for label in labels]
     if with_crowd:
         label, centre = int(rng.integers(len(CLASSES))), rng.uniform(0.25 * size, 0.75 * size, 2)
         for _ in range(rng.integers(5, 10)):
-            member = _somewhere(rng, size, CLASSES[label], 9, 14, tuple(rng.normal(centre, 0.09 * size)))
+            radii = (9 * world.zoom, 14 * world.zoom)
+            member = _somewhere(rng, size, CLASSES[label], *radii, tuple(rng.normal(centre, 0.09 * size)))
             things.append((label, member, True))
     return things
 
 
-def _decoys(rng: Rng, size: int) -> list[tuple[int, int, np.ndarray]]:
-    """Bodies that are nothing, for their outline is one class's and their stain another's: 0, stain and polygon."""
-    outlines = rng.integers(len(CLASSES), size=rng.integers(4, 9))
+def _decoys(rng: Rng, size: int, world: World) -> list[tuple[int, int, np.ndarray]]:
+    """Bodies that are nothing: 0, stain and polygon. Outline and stain are of two classes, or the outline of none."""
+    if not world.stained:
+        outlines = rng.integers(len(BLOTCHES), size=rng.integers(*world.decoys))
+        return [(0, 0, _body(rng, size, world, BLOTCHES[outline])) for outline in outlines]
+    outlines = rng.integers(len(CLASSES), size=rng.integers(*world.decoys))
     stains = (outlines + rng.integers(1, len(CLASSES), size=len(outlines))) % len(CLASSES)
     return [
-        (0, int(stain), _somewhere(rng, size, CLASSES[outline], 14, 28))
+        (0, int(stain), _body(rng, size, world, CLASSES[outline]))
         for outline, stain in zip(outlines, stains, strict=True)
     ]
+
+
+def _body(rng: Rng, size: int, world: World, name: str) -> np.ndarray:
+    return _somewhere(rng, size, name, 14 * world.zoom, 28 * world.zoom)
 
 
 def _somewhere(
@@ -131,8 +160,8 @@ def _extent(mask: np.ndarray) -> tuple[int, int, int, int]:
 class _Look:
     """The light and the colours of one scene; every method draws on from the scene's random numbers."""
 
-    def __init__(self, rng: Rng, size: int) -> None:
-        self.rng, self.size = rng, size
+    def __init__(self, rng: Rng, size: int, stained: bool) -> None:
+        self.rng, self.size, self.stained = rng, size, stained
         self.level = rng.uniform(0.36, 0.6)  # brightness of the ground
         tint = rng.normal(size=3)
         self.tint = 0.08 * (tint - tint.mean())  # one cast over everything: the palette is narrow
@@ -166,7 +195,10 @@ class _Look:
 
     def body(self, canvas: np.ndarray, box: tuple[slice, slice], mask: np.ndarray, stain: int) -> None:
         """A translucent body: it takes away light, most of the colour opposite to its stain, and more at its rim."""
-        hue = 2 * np.pi * stain / len(CLASSES) + self.rng.normal(0, 0.15)
+        if self.stained:
+            hue = 2 * np.pi * stain / len(CLASSES) + self.rng.normal(0, 0.15)
+        else:
+            hue = self.rng.uniform(0, 2 * np.pi)
         absorbed = 1 + 0.84 * np.cos(hue - 2 * np.pi / 3 * np.arange(3))  # of red, green and blue
         reach = self.size // 16 + 2  # further out nothing of the blurred mask is left
         window = tuple(slice(max(side.start - reach, 0), side.stop + reach) for side in box)
@@ -209,7 +241,14 @@ Numbered = Iterator[tuple[str, int, Scene]]  # split, number within it from 1 on
 
 
 def write_scenes(
-    root: Path, layout: str, train: int, val: int, seed: int, size: int = 224, overwrite: bool = False
+    root: Path,
+    layout: str,
+    train: int,
+    val: int,
+    seed: int,
+    size: int = 224,
+    world: str = "stained",
+    overwrite: bool = False,
 ) -> None:
     """Write ``train`` + ``val`` scenes under ``root``, laid out as Pascal VOC, COCO or ADE20K is.
 
@@ -223,6 +262,7 @@ def write_scenes(
         val: Number of validation scenes; which they are does not depend on ``train``.
         seed: Of the whole series, from 0 on.
         size: Side of an image in pixels, at least 64; objects grow with it.
+        world: A key of ``WORLDS``.
         overwrite: Replace other scenes that this function wrote there. Files of other origin are never replaced.
 
     Raises:
@@ -231,18 +271,21 @@ def write_scenes(
     root = Path(root)
     if layout not in WRITERS:
         raise unknown("layout", layout, WRITERS)
+    if world not in WORLDS:
+        raise unknown("world", world, WORLDS)
     for name, value, least in (("train", train, 1), ("val", val, 1), ("seed", seed, 0), ("size", size, 64)):
         if value < least:
             raise InputError(f"{name} is {value}: choose {least} or more.")
     if train > FIRST_VAL:
         raise InputError(f"train is {train}: choose {FIRST_VAL} or fewer.")
     request = {"version": VERSION, "layout": layout, "train": train, "val": val, "seed": seed, "size": size}
+    request |= {} if world == "stained" else {"world": world}  # folders from when there was one world stay good
     if not _prepare(root, request, overwrite):
         return
     _stamp(root, request, complete=False)
     plan = [("train", n, n) for n in range(train)] + [("val", n, FIRST_VAL + n) for n in range(val)]
     bar = tqdm(plan, desc=f"scenes for {root.name}", unit="scene", delay=3)
-    WRITERS[layout](root, ((split, n + 1, scene(seed, index, size)) for split, n, index in bar))
+    WRITERS[layout](root, ((split, n + 1, scene(seed, index, size, world)) for split, n, index in bar))
     _stamp(root, request, complete=True)
 
 

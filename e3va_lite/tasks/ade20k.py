@@ -33,7 +33,13 @@ def dataset(
 
 def model(recipe: ADE20KRecipe, backbone: nn.Module, num_classes: int) -> nn.Module:
     """See :func:`e3va_lite.tasks.segmentation.build_upernet`."""
-    return build_upernet(backbone, num_classes, head_channels=recipe.head_channels, scale=tuple(recipe.scale))
+    return build_upernet(
+        backbone,
+        num_classes,
+        head_channels=recipe.head_channels,
+        scale=tuple(recipe.scale),
+        class_weights=recipe.class_weights,
+    )
 
 
 def record(prediction: dict, target: dict) -> Tensor:

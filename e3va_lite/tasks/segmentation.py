@@ -22,7 +22,12 @@ from .detection import IMAGE_MEAN, IMAGE_STD
 
 
 def build_upernet(
-    backbone: nn.Module, num_classes: int, *, head_channels: int = 512, scale: tuple[int, int] = (2048, 512)
+    backbone: nn.Module,
+    num_classes: int,
+    *,
+    head_channels: int = 512,
+    scale: tuple[int, int] = (2048, 512),
+    class_weights: list[float] | None = None,
 ) -> nn.Module:
     """A UPerNet that uses every map of the backbone; the auxiliary head sees the map of stride 16, else the last.
 
@@ -41,6 +46,8 @@ def build_upernet(
         num_classes: K, 2 or more.
         head_channels: Width of UPerHead, 512 in the paper's setting. The auxiliary head has 256 at most.
         scale: Long and short side in pixels that an image is fitted into when predicting, keeping its ratio.
+        class_weights: What a pixel of each class counts in the losses, which are then means over the pixels that are
+            a class.
 
     Raises:
         InputError: For a number or size that cannot work.
@@ -49,6 +56,9 @@ def build_upernet(
         raise InputError(f"num_classes is {num_classes}: to tell classes apart takes two at least.")
     if len(scale) != 2 or min(scale) < MIN_SIZE:
         raise InputError(f"scale={list(scale)} cannot work: give a long and a short side of {MIN_SIZE} or more.")
+    if class_weights is not None and len(class_weights) != num_classes:
+        raise InputError(f"class_weights={class_weights} cannot work: give a number for each of {num_classes} classes.")
+    loss = {"type": "CrossEntropyLoss"} if class_weights is None else {"type": _Weighted, "weights": class_weights}
     third = backbone.strides.index(16) if 16 in backbone.strides else len(backbone.strides) - 1
     common = {
         "num_classes": num_classes,
@@ -68,6 +78,7 @@ def build_upernet(
                 "in_index": list(range(len(backbone.out_channels))),
                 "channels": head_channels,
                 "pool_scales": (1, 2, 3, 6),
+                "loss_decode": loss,
                 **common,
             },
             auxiliary_head={
@@ -77,7 +88,7 @@ def build_upernet(
                 "channels": min(256, head_channels),
                 "num_convs": 1,
                 "concat_input": False,
-                "loss_decode": {"type": "CrossEntropyLoss", "loss_weight": 0.4},
+                "loss_decode": {**loss, "loss_weight": 0.4},
                 **common,
             },
         )
@@ -85,6 +96,20 @@ def build_upernet(
         nn.init.normal_(head.conv_seg.weight, std=0.01)
         nn.init.zeros_(head.conv_seg.bias)
     return model
+
+
+class _Weighted(nn.Module):
+    """The mean over all pixels that are a class, each with its class's weight: mmsegmentation's stumbles over void."""
+
+    loss_name = "loss_ce"
+
+    def __init__(self, weights: list[float], loss_weight: float = 1.0) -> None:
+        super().__init__()
+        self.register_buffer("weights", torch.tensor(weights), persistent=False)
+        self.loss_weight = loss_weight
+
+    def forward(self, logits: Tensor, labels: Tensor, ignore_index: int, **_: object) -> Tensor:
+        return self.loss_weight * F.cross_entropy(logits, labels, self.weights, ignore_index=ignore_index)
 
 
 class _UPerNet(mmseg.models.segmentors.EncoderDecoder):
