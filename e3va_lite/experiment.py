@@ -9,12 +9,14 @@ seed. A finished run is a line of a JSON lines file, from which :mod:`e3va_lite.
 import json
 import os
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -344,7 +346,13 @@ def _is_ours(line: dict, fingerprints: dict[str, str]) -> bool:
 
 
 def _settle() -> None:
-    """What a process does before its first run: one thread, and not a word of its own on the terminal."""
+    """What a process does before its first run: one thread, not a word of its own, and an end with the experiment."""
+    threading.Thread(target=_end_with, args=(parent_process(),), daemon=True).start()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115, progress bars of single runs, for as long as the process lives
+
+
+def _end_with(process: BaseProcess) -> None:
+    process.join()
+    os._exit(1)

@@ -1,6 +1,10 @@
 """The paper in miniature: which runs come when, that a stopped experiment goes on, and what the report makes of it."""
 
 import json
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -138,6 +142,47 @@ def test_a_stopped_experiment_goes_on(tiny, tmp_path):
     assert len(again) == 9  # the cut line is nobody's, and a run with another recipe is not this one
     assert again[-1]["score"] == next(x for x in whole if x not in kept)["score"]
     assert again[-1]["last_losses"] == next(x for x in whole if x not in kept)["last_losses"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="children are looked up in /proc")
+def test_no_run_outlives_the_experiment(tmp_path):
+    """Whoever kills the command, even without a chance to tidy up, has killed its runs."""
+    words = [
+        "reproduce",
+        "--quick",
+        "--jobs",
+        "1",
+        "--data",
+        str(tmp_path / "data"),
+        "--out",
+        str(tmp_path / "a.jsonl"),
+    ]
+    for name, value in {"TRAIN_IMAGES": 4, "TEST_IMAGES": 1, "CHOOSE_IMAGES": 1}.items():
+        words += [f"{name}={value}"]
+    program = (
+        "import sys; from e3va_lite import cli, experiment\n"
+        "for word in sys.argv[9:]: name, value = word.split('='); setattr(experiment, name, int(value))\n"
+        "sys.argv[9:] = []; cli.main()"
+    )
+    command = subprocess.Popen([sys.executable, "-c", program, *words], stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while not (children := _children(command.pid)) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        time.sleep(6)  # a run is under way
+        children = _children(command.pid)
+    finally:
+        command.kill()
+        command.wait()
+    assert children
+    deadline = time.monotonic() + 15
+    while any(Path(f"/proc/{pid}").exists() for pid in children) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
+
+
+def _children(pid):
+    return [int(child) for file in Path(f"/proc/{pid}/task").glob("*/children") for child in file.read_text().split()]
 
 
 def test_a_run_that_diverges_is_a_run(tmp_path, monkeypatch):
