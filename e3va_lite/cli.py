@@ -437,7 +437,7 @@ def report(lines, out) -> None:
     summary = write(found, out)
     for claim in summary["claims"]:
         click.echo(f"{claim['verdict']:>9}: {claim['claim']} ({claim['study']})")
-    click.echo(f"saved: {out / 'report.md'}, {out / 'report.json'}, {out / 'trade-offs.png'}")
+    click.echo(f"saved: the report in {out}")
 
 
 @cli.command()

@@ -17,6 +17,9 @@ def read_lines(path: Path) -> list[dict]:
 def append_line(path: Path, line: dict) -> None:
     """Add a line, behind whatever was cut off."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    whole = not path.exists() or path.stat().st_size == 0 or path.read_bytes().endswith(b"\n")
-    with path.open("a") as file:
-        file.write(("" if whole else "\n") + json.dumps(line) + "\n")
+    with path.open("ab+") as file:
+        if size := file.tell():
+            file.seek(size - 1)
+            if file.read() != b"\n":
+                file.write(b"\n")
+        file.write(json.dumps(line).encode() + b"\n")

@@ -1,8 +1,8 @@
 """What the runs of :mod:`e3va_lite.experiment` say: the paper's tables in miniature, its claims with a verdict each.
 
-Everything is computed from the lines of finished runs. Before anything was run it was decided that two points (.02) of
-AP or mIoU are the margin below which two ways of tuning count as near each other, that the verdicts' p-values are
-corrected together (Holm), and that a run that diverged counts with a score of 0.
+Everything is computed from the lines of finished runs. Two points (.02) of AP or mIoU are the margin below which two
+ways of tuning count as near each other; the p-values of all verdicts are corrected together (Holm); a run that diverged
+counts with a score of 0. Claims, margin and numbers of seeds were written down before the experiment's own runs.
 """
 
 import json
@@ -30,8 +30,7 @@ class Claim:
     """Something that can hold or not: in ``study``, ``a`` is better than ``b``, or (``near``) not worse by the margin.
 
     Attributes:
-        source: Where the paper says so; empty for a question of our own.
-        evidence: Table, its row for a and b, and column; or a sentence.
+        evidence: The paper's table, its rows for a and b, and the column; None for a question of our own.
     """
 
     text: str
@@ -39,75 +38,70 @@ class Claim:
     a: str
     b: str
     near: bool = False
-    source: str = ""
-    evidence: tuple[str, str, str, str] | str = ""
+    evidence: tuple[str, str, str, str] | None = None
 
     def printed(self) -> str:
-        """The paper's two numbers, or what it says instead."""
-        if isinstance(self.evidence, str):
-            return self.evidence
-        table, a, b, column = self.evidence
-        place = printed()[table]["columns"].index(column)
-        first, second = (printed()[table][row][place] for row in (a, b))
-        return "not legible" if None in (first, second) else f"{first:g} against {second:g}"
+        """The paper's two numbers."""
+        if self.evidence is None:
+            return "our question"
+        table, *rows, column = self.evidence
+        first, second = (_printed((table, column), row) for row in rows)
+        found = f"{first} against {second}" if first and second else "not legible"
+        return f"Table {table[-1]}: {found}"
+
+
+#: The paper's table and column for each study; it calls Pascal VOC a small data set.
+PLACES = {
+    "detection": ("table1", "ap_voc"),
+    "few images": ("table1", "ap_voc"),
+    "segmentation": ("table1", "miou_ade20k"),
+    "instances": ("table2", "ap_box"),
+}
+#: What E3VA is compared with in detection: claim, the other arm, whether near is enough, rows of the paper's table.
+DESIGN = (
+    (
+        "Low-rank adapters are better than standard ones of as many parameters",
+        "standard, as many parameters",
+        False,
+        ("table5", "low-rank", "standard"),
+    ),
+    ("Parallel adapters are better than stacked ones", "stacked", False, ("table5", "parallel", "stacked")),
+    ("Parallel adapters are better than chained ones", "chained", False, ("table5", "parallel", "stacked")),
+    (
+        "Inherited reductions are near trainable ones",
+        "trainable reductions",
+        True,
+        ("table6", "reductions inherited", "reductions trainable"),
+    ),
+    (
+        "Trained norms before the neck are better than fixed ones",
+        "fixed norms",
+        False,
+        ("table6", "norms trainable", "norms fixed"),
+    ),
+    ("Norm(e) is better than Norm(e + l)", "e + l", False, None),
+    ("A start at the identity is better than a random one", "random start", False, None),
+)
 
 
 def _claims() -> Iterator[Claim]:
-    column = {"detection": "ap_voc", "segmentation": "miou_ade20k", "instances": "ap_box"}
-    for study in (study for study in STUDIES if study != "quick"):
-        table = "table2" if study == "instances" else "table1"
-
-        def paper(b: str, study: str = study, table: str = table) -> dict:
-            if study not in column:
-                return {"source": "section 4.2", "evidence": "in words: full fine-tuning overfits few images"}
-            return {"source": f"Table {table[-1]}", "evidence": (table, "e3va", b, column[study])}
-
-        yield Claim("E3VA is better than a frozen backbone", study, "e3va", "fixed", **paper("fixed"))
-        yield Claim("... and than one with trained norms before the neck", study, "e3va", "fixed, norms trained")
-        yield Claim(
-            "E3VA is near adapters inside the backbone", study, "e3va", "adapter", near=True, **paper("adapter")
-        )
-        if study == "few images":
-            yield Claim("E3VA is better than full fine-tuning", study, "e3va", "full", **paper("full"))
-        else:
-            yield Claim("E3VA is near full fine-tuning", study, "e3va", "full", near=True, **paper("full"))
+    for study, (table, column) in PLACES.items():
+        few = study == "few images"  # there the paper's claim is that full fine-tuning overfits
+        about_full = "better than" if few else "near"
+        for text, b, near in (
+            ("E3VA is better than a frozen backbone", "fixed", False),
+            ("E3VA is near adapters inside the backbone", "adapter", True),
+            (f"E3VA is {about_full} full fine-tuning", "full", not few),
+        ):
+            yield Claim(text, study, "e3va", b, near, (table, "e3va", b, column))
+        text = "E3VA is better than a frozen backbone with trained norms before the neck"
+        yield Claim(text, study, "e3va", "fixed, norms trained")
     for study in ("detection", "segmentation"):
+        table, column = PLACES[study]
         for a, b in (("e3va+", "e3va"), ("e3va++", "e3va+")):
-            evidence = ("table1", a, b, column[study])
-            yield Claim(f"{a} is better than {b}", study, a, b, source="Table 1", evidence=evidence)
-    ablation = {"study": "detection", "a": "e3va"}
-    yield Claim(
-        "Low-rank adapters are better than standard ones of as many parameters",
-        **ablation,
-        b="standard, as many parameters",
-        source="Table 5",
-        evidence=("table5", "low-rank", "standard", "ap_voc"),
-    )
-    for b in ("stacked", "chained"):
-        yield Claim(
-            f"Parallel adapters are better than {b} ones",
-            **ablation,
-            b=b,
-            source="Table 5",
-            evidence=("table5", "parallel", "stacked", "ap_voc"),
-        )
-    yield Claim(
-        "Inherited reductions are near trainable ones",
-        **ablation,
-        b="trainable reductions",
-        near=True,
-        source="Table 6",
-        evidence=("table6", "reductions inherited", "reductions trainable", "ap_voc"),
-    )
-    yield Claim(
-        "Trained norms before the neck are better than fixed ones",
-        **ablation,
-        b="fixed norms",
-        source="Table 6",
-        evidence=("table6", "norms trainable", "norms fixed", "ap_voc"),
-    )
-    yield Claim("Norm(e) is better than Norm(e + l)", **ablation, b="e + l")
-    yield Claim("A start at the identity is better than a random one", **ablation, b="random start")
+            yield Claim(f"{a} is better than {b}", study, a, b, False, (table, a, b, column))
+    for text, b, near, rows in DESIGN:
+        yield Claim(text, "detection", "e3va", b, near, None if rows is None else (*rows, "ap_voc"))
 
 
 CLAIMS = tuple(_claims())
@@ -188,7 +182,6 @@ def judged(studies: dict[str, dict]) -> list[dict]:
             "kind": "near" if claim.near else "more",
             "a": claim.a,
             "b": claim.b,
-            "source": claim.source,
             "paper": claim.printed(),
             "difference": d.mean,
             "interval95": [d.low, d.high],
@@ -205,9 +198,9 @@ def as_markdown(summary: dict) -> str:
     """The report: tables beside the paper's, then the claims."""
     studies = summary["studies"]
     parts = ["# The paper in miniature", _setting(summary)]
-    table1 = {"detection": ("table1", "ap_voc"), "segmentation": ("table1", "miou_ade20k"), "few images": None}
+    table1 = {study: PLACES[study] for study in ("detection", "segmentation", "few images")}
     parts += ["## Table 1: detection and segmentation", _methods(studies, table1)]
-    parts += ["## Table 2: instances", _methods(studies, {"instances": ("table2", "ap_box")})]
+    parts += ["## Table 2: instances", _methods(studies, {"instances": PLACES["instances"]})]
     if studies.get("quick"):
         parts += ["## The quick subset", _methods(studies, {"quick": None})]
     parts += ["## Table 3: time of a training step", _times(studies)]
@@ -246,7 +239,7 @@ def _methods(studies: dict, columns: dict[str, tuple[str, str] | None]) -> str:
         return "Not run yet."
     header = ["method", "trained"]
     for study in present:
-        header += [f"{study}: {METRICS[study]}", *(["peak, MiB"]), *(["printed"] if columns[study] else [])]
+        header += [f"{study}: {METRICS[study]}", "peak, MiB", *(["printed"] if columns[study] else [])]
     rows = []
     for arm in (*METHODS, *CONTROLS):
         found = [studies[study].get(arm) for study in present]
@@ -316,7 +309,7 @@ def _claim_table(claims: list[dict]) -> str:
             [
                 claim["claim"],
                 claim["study"],
-                f"{claim['source']}: {claim['paper']}" if claim["source"] else "our question",
+                claim["paper"],
                 f"{100 * claim['difference']:+.1f} ({low:+.1f} to {high:+.1f}), {claim['seeds']} seeds",
                 f"{100 * claim['detectable']:.1f}",
                 f"{claim['p']:.3f}",

@@ -5,8 +5,7 @@ light. Half of the six classes have outlines that pretraining showed, half were 
 
 There are two worlds. In the ``stained`` one colour, which meant nothing in pretraining, has a meaning: each class takes
 up a stain of its own, and a body of the same outline in another's stain is a decoy. In the ``plain`` one it means
-nothing here either: decoys have outlines that are no class's. In both a frozen backbone is good, but not enough. Read
-from ``scene`` down; each layout has one writer.
+nothing here either: decoys have outlines that are no class's. Read from ``scene`` down; each layout has one writer.
 """
 
 import itertools
