@@ -164,13 +164,18 @@ def trade_offs(studies: dict, metrics: dict[str, str], path: Path) -> None:
     figure, axes = plt.subplots(len(present), 3, figsize=(13, 3.6 * len(present)), squeeze=False, sharey="row")
     for row, (study, arms) in zip(axes, present.items(), strict=True):
         for axis, (key, unit, label) in zip(row, axes_of, strict=True):
-            for name in (name for name in MARKED if name in arms and arms[name].get(key) is not None):
+            names = [name for name in MARKED if name in arms and arms[name].get(key) is not None]
+            if not names:
+                axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", color="0.5")
+            for name in names:
                 x, y, half = arms[name][key] / unit, 100 * arms[name]["mean"], 100 * arms[name]["half"]
                 axis.errorbar(x, y, half, fmt="o", ms=5, color=colour(name), capsize=2, lw=1)
                 axis.annotate(name, (x, y), (4, 4), textcoords="offset points", fontsize=7.5, color=colour(name))
             if key == "trainable":
                 axis.set_xscale("symlog", linthresh=10)
-            axis.set_xlim(left=0)
+                axis.set_xlim(left=-2)  # room for those that train nothing
+            else:
+                axis.set_xlim(left=0)
             axis.set_xlabel(label, fontsize=9)
             sns.despine(ax=axis)
         row[0].set_ylabel(f"{study}: {metrics[study]}, %", fontsize=9)
