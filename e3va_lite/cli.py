@@ -441,7 +441,8 @@ def report(lines, out) -> None:
 
 
 @cli.command()
-@click.option("--out", type=PATH, default="data/pretrain/swin_nano.safetensors", show_default=True)
+@click.argument("backbone", default="swin_nano")
+@click.option("--out", type=PATH, help="A .safetensors file.  [default: data/pretrain/BACKBONE.safetensors]")
 @click.option("--steps", default=7000, show_default=True, type=click.IntRange(1))
 @click.option("--batch", default=16, show_default=True, type=click.IntRange(1))
 @click.option("--lr", default=7e-4, show_default=True, type=click.FloatRange(0, min_open=True))
@@ -450,11 +451,15 @@ def report(lines, out) -> None:
 @device_option
 @overwrite
 @as_json
-def pretrain(out, steps, batch, lr, seed, workers, device, overwrite, as_json) -> None:
-    """Remake the weights of swin_nano: dense supervision on generated images. Goes on where it was cut off."""
+def pretrain(backbone, out, steps, batch, lr, seed, workers, device, overwrite, as_json) -> None:
+    """Remake the weights of swin_nano, or of another BACKBONE: dense supervision on generated images.
+
+    Goes on where it was cut off.
+    """
     from .pretrain import pretrain as run
 
-    card = run(out, steps, batch, lr, seed, workers, str(_device(device)), overwrite)
+    out = out or Path("data/pretrain") / f"{backbone}.safetensors"
+    card = run(backbone, out, steps, batch, lr, seed, workers, str(_device(device)), overwrite)
     click.echo(json.dumps(card, indent=2) if as_json else f"saved: {out}, {card['parameters']:,} parameters")
 
 
@@ -470,7 +475,7 @@ def data() -> None:
 @click.option("--val", "val_images", default=160, show_default=True, type=click.IntRange(1))
 @click.option("--size", default=224, show_default=True, type=click.IntRange(64), help="Pixels per side.")
 @click.option(
-    "--world", type=click.Choice(["stained", "plain"]), default="stained", show_default=True, help="What colour means."
+    "--world", type=click.Choice(["stained", "duotone"]), default="stained", show_default=True, help="How many stains."
 )
 @click.option("--seed", default=0, show_default=True)
 @overwrite

@@ -43,15 +43,16 @@ def build_optimizer(model: nn.Module, recipe: Recipe, foreach: bool | None = Non
     ``foreach`` is torch's: all parameters at once; without, so on CUDA and one by one on a CPU.
     """
     norms = {id(p) for m in model.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters(recurse=False)}
-    groups: dict[bool, list[Tensor]] = {True: [], False: []}
+    groups: dict[tuple[float, float], list[Tensor]] = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            groups[id(p) not in norms and "relative_position_bias_table" not in name].append(p)
+            decays = id(p) not in norms and "relative_position_bias_table" not in name
+            head = recipe.head_lr is not None and not name.startswith("backbone.body.")
+            kind = recipe.head_lr if head else recipe.lr, recipe.weight_decay if decays else 0.0
+            groups.setdefault(kind, []).append(p)
     return torch.optim.AdamW(
-        [{"params": groups[True]}, {"params": groups[False], "weight_decay": 0.0}],
-        lr=recipe.lr,
+        [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()],
         betas=tuple(recipe.betas),
-        weight_decay=recipe.weight_decay,
         foreach=foreach,
     )
 
@@ -92,6 +93,7 @@ class Training:
         self.total = total_steps(recipe, len(dataset))
         self.step = 0
         self.optimizer = build_optimizer(self.model, recipe)
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]  # what the schedule multiplies
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "float16")
         # Every process builds the same model, so nothing is sent at the start, and never anything that is frozen:
         # what travels are the gradients of the trainable parameters.
@@ -133,8 +135,8 @@ class Training:
         Raises:
             InputError: When the gradients are not finite (in float16 such a step is left out instead).
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.recipe.lr * rate(self.recipe, self.step, self.total, self.unit)
+        for group, highest in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = highest * rate(self.recipe, self.step, self.total, self.unit)
         self.scaler.unscale_(self.optimizer)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -150,7 +152,8 @@ class Training:
 
     def _diverged(self, what: str, batches: list[Batch]) -> InputError:
         files = ", ".join(str(target["file"]) for _, targets in batches for target in targets)
-        return InputError(f"{what} at step {self.step + 1} (images {files}): lower lr={self.recipe.lr}.")
+        heads = "" if self.recipe.head_lr is None else f" or head_lr={self.recipe.head_lr}"
+        return InputError(f"{what} at step {self.step + 1} (images {files}): lower lr={self.recipe.lr}{heads}.")
 
 
 def fit(

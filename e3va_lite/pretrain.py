@@ -1,4 +1,4 @@
-"""How ``swin_nano`` learns to see: dense supervision on generated images of many classes.
+"""How the Swins in miniature learn to see: dense supervision on generated images of many classes.
 
 Every pixel of an image is asked which outline it belongs to, which texture it has and how far it is to the sides of its
 object, through a head that is thrown away afterwards. Classifying whole images teaches such a small model nothing in
@@ -197,9 +197,9 @@ def dense_accuracy(
 
 
 def pretrain(
-    out: Path, steps: int, batch: int, lr: float, seed: int, workers: int, device: str, overwrite: bool
+    backbone: str, out: Path, steps: int, batch: int, lr: float, seed: int, workers: int, device: str, overwrite: bool
 ) -> dict:
-    """Train ``swin_nano`` and write ``out`` (``.safetensors``, float16) and its card ``out`` with ``.json``.
+    """Train a Swin, by name, and write ``out`` (``.safetensors``, float16) and its card ``out`` with ``.json``.
 
     A run that was cut off goes on from ``out`` with ``.partial``, which is written every ``SAVE_EVERY`` steps.
 
@@ -210,7 +210,7 @@ def pretrain(
         raise InputError(f"'{out}' exists: choose another --out or pass --overwrite.")
     out.parent.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
-    model = DenseModel(build_backbone("full", "swin_nano")).to(device)
+    model = DenseModel(build_backbone("full", backbone)).to(device)
     decay = [p for p in model.parameters() if p.ndim > 1]
     rest = [p for p in model.parameters() if p.ndim <= 1]
     optimizer = torch.optim.AdamW(
@@ -258,8 +258,8 @@ def pretrain(
     swin = {key: value.half().contiguous() for key, value in model.backbone.swin.state_dict().items()}
     save_file({key: value.cpu() for key, value in swin.items()}, out)
     card = {
-        "what": "swin_nano, pretrained densely on generated images",
-        "remake": f"e3va pretrain --steps {steps} --batch {batch} --lr {lr} --seed {seed} --out {out.name}",
+        "what": f"{backbone}, pretrained densely on generated images",
+        "remake": f"e3va pretrain {backbone} --steps {steps} --batch {batch} --lr {lr} --seed {seed} --out {out.name}",
         "images": steps * batch,
         "outlines": list(PRETRAIN_OUTLINES),
         "textures": list(TEXTURES),

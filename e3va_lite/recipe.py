@@ -46,6 +46,7 @@ class Recipe:
     accumulate: int = 1  # backward passes per step
     precision: str = "float32"
     lr: float = 1e-4
+    head_lr: float | None = None  # of neck and heads; without: lr
     weight_decay: float = 0.05
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     warmup: int = 500  # steps of linear warm-up
@@ -79,6 +80,7 @@ class COCORecipe(Recipe):
     anchor_base: float = 8.0  # side of a level's anchor, in strides
     head_channels: int = 1024  # width of the box heads' fully connected layer
     samples: int = 512  # boxes per image on which a stage trains
+    proposals: int = 1000  # boxes per image that evaluation looks at; training draws its samples from twice as many
     min_sizes: list[int] = field(default_factory=lambda: list(range(480, 801, 32)))  # short side when training
     min_size: int = 800  # short side when evaluating
     max_size: int = 1333

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .experiment import ABLATIONS, ARMS, CONTROLS, METHODS, STUDIES, chosen_rate
+from .experiment import ABLATIONS, ARMS, CONTROLS, LARGER, METHODS, STUDIES, chosen_rate
 from .plots import trade_offs
 from .significance import LEVEL, Difference, difference, holm, interval
 from .tables import printed
@@ -100,6 +100,10 @@ def _claims() -> Iterator[Claim]:
         table, column = PLACES[study]
         for a, b in (("e3va+", "e3va"), ("e3va++", "e3va+")):
             yield Claim(f"{a} is better than {b}", study, a, b, False, (table, a, b, column))
+    for study in ("detection", "instances"):
+        text = "The larger backbone under E3VA is better than the smaller one fully tuned"
+        evidence = ("table2", "e3va on Swin-L", "full", "ap_box") if study == "instances" else None
+        yield Claim(text, study, "larger backbone, e3va", "full", False, evidence)
     for text, b, near, rows in DESIGN:
         yield Claim(text, "detection", "e3va", b, near, None if rows is None else (*rows, "ap_voc"))
 
@@ -205,6 +209,7 @@ def as_markdown(summary: dict) -> str:
         parts += ["## The quick subset", _methods(studies, {"quick": None})]
     parts += ["## Table 3: time of a training step", _times(studies)]
     parts += ["## Tables 5 and 6, ranks and open readings: detection", _ablations(studies.get("detection", {}))]
+    parts += ["## A larger backbone in the memory of a smaller one", _larger(studies)]
     parts += ["## Claims", _claim_table(summary["claims"])]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -297,6 +302,17 @@ def _ablations(arms: dict) -> str:
             ]
         )
     return _table(["", "options", "trained", METRICS["detection"], "peak, MiB", "images/s, inference"], rows)
+
+
+def _larger(studies: dict) -> str:
+    rows = [
+        [arm, study, f"{found['trainable']:,}", _score(found), _mib(found)]
+        for study in STUDIES
+        if (arms := studies.get(study, {})).keys() & LARGER.keys()
+        for arm in ("full", "fixed", "e3va", *LARGER)
+        if (found := arms.get(arm))
+    ]
+    return _table(["", "study", "trained", "score", "peak, MiB"], rows) if rows else "Not run yet."
 
 
 def _claim_table(claims: list[dict]) -> str:

@@ -23,17 +23,18 @@ from .weights import load_weights
 
 MIN_SIZE = 32  # pixels: below this the last stage has less than one token
 
-#: A Swin in miniature, 3.5 M parameters, whose weights ship with the package.
+#: A Swin in miniature, 3.5 M parameters, and a sibling that computes half as much again.
 NANO = {"embed_dim": 40, "depths": (2, 2, 2, 2), "num_heads": (1, 2, 4, 8), "window_size": 7, "weight_init": "jax"}
-NANO_WEIGHTS = Path(__file__).parent / "pretrained" / "swin_nano.safetensors"
+MINIATURES = {"swin_nano": NANO, "swin_nano_deep": NANO | {"depths": (2, 6, 2, 2)}}
+PRETRAINED = Path(__file__).parent / "pretrained"  # where theirs are, each as NAME.safetensors with a card beside it
 
 # timm's plain names mean weights that were fine-tuned on ImageNet-1K; the paper starts from ImageNet-22K.
 PAPER_TAG = ".ms_in22k"
 
 
 def backbone_names() -> list[str]:
-    """Every Swin that :func:`create_swin` can build: timm's, and ``swin_nano``."""
-    return ["swin_nano", *timm.list_models("swin_*", exclude_filters="*cr*")]
+    """Every Swin that :func:`create_swin` can build: timm's, and those in miniature."""
+    return [*MINIATURES, *timm.list_models("swin_*", exclude_filters="*cr*")]
 
 
 def create_swin(
@@ -44,8 +45,8 @@ def create_swin(
     Args:
         name: One of :func:`backbone_names`, for timm's with or without a pretraining tag
             (``swin_base_patch4_window7_224`` or ``swin_base_patch4_window7_224.ms_in22k``).
-        pretrained: Load weights: from timm's hub, ImageNet-22K where a name without a tag has them; for ``swin_nano``
-            from the package.
+        pretrained: Load weights: from timm's hub, ImageNet-22K where a name without a tag has them; for miniatures from
+            the package.
         weights: A local ``.safetensors`` or ``.pth`` file instead, see :func:`e3va_lite.weights.load_weights`.
         drop_path_rate: Stochastic depth of the last block; acts in train mode only.
 
@@ -57,9 +58,9 @@ def create_swin(
         raise unknown("backbone", name, backbone_names())
     # always_partition keeps the shift in stages that fit into a single window; dynamic size computes masks per input.
     options = {"strict_img_size": False, "always_partition": True, "drop_path_rate": drop_path_rate, "num_classes": 0}
-    if architecture == "swin_nano":
-        swin = SwinTransformer(**NANO, **options)
-        weights = weights or (NANO_WEIGHTS if pretrained else None)
+    if architecture in MINIATURES:
+        swin = SwinTransformer(**MINIATURES[architecture], **options)
+        weights = weights or (PRETRAINED / f"{architecture}.safetensors" if pretrained else None)
     else:
         swin = _from_timm(name, pretrained and weights is None, options)
     swin.norm, swin.head = nn.Identity(), nn.Identity()  # detectors have one norm per stage instead

@@ -156,6 +156,22 @@ def test_norms_and_position_tables_do_not_decay():
     assert decayed.isdisjoint(spared)
 
 
+def test_heads_learn_at_a_rate_of_their_own(scenes):
+    """One step of AdamW without decay changes every parameter by its learning rate, or not at all."""
+    recipe = small(lr=1e-4, head_lr=1e-2, steps=10, batch=1, warmup=1, schedule="step", weight_decay=0.0, clip=None)
+    model = build_model(recipe, 6)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    training = Training(model, data(scenes), recipe, torch.device("cpu"))
+    batches = [next(training.batches())]
+    training.backward(batches)
+    training.update(batches)
+    changed = {name: (p - before[name]).abs().max().item() for name, p in model.named_parameters() if name in before}
+    tuned = {name: most for name, most in changed.items() if name.startswith("backbone.body.")}
+    heads = {name: most for name, most in changed.items() if name not in tuned}
+    assert max(tuned.values()) == pytest.approx(5e-5, rel=0.02)  # half of the rate: warming up
+    assert max(heads.values()) == pytest.approx(5e-3, rel=0.02)
+
+
 def test_the_schedules():
     recipe = small(schedule="step", epochs=12, milestones=[8, 11], warmup=4)
     by_hand = [0.2, 1.0, 1.0, 0.1, 0.01]
@@ -269,6 +285,7 @@ def test_clipping_and_rate_act_on_the_update(scenes):
     recipe = small(clip=0.01, lr=0.5, warmup=1)
     training = Training(build_model(recipe, 6), data(scenes), recipe, CPU)
     training.optimizer = torch.optim.SGD([p for p in training.model.parameters() if p.requires_grad], lr=9.0)
+    training.rates = [0.5]
     before = [p.detach().clone() for p in training.model.parameters() if p.requires_grad]
     batch = next(training.batches())
     training.backward([batch])
@@ -337,7 +354,7 @@ def test_the_command_prints_a_sentence_and_no_traceback(monkeypatch, capsys):
         command.main()
     assert stop.value.code == 2
     out, err = capsys.readouterr()
-    assert not out and err == "error: unknown backbone 'swin_nana': did you mean swin_nano?\n"
+    assert not out and err == "error: unknown backbone 'swin_nana': did you mean swin_nano or swin_nano_deep?\n"
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_images(scenes):

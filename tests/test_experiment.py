@@ -28,6 +28,7 @@ from e3va_lite.experiment import (
 from e3va_lite.lines import read_lines
 from e3va_lite.methods import METHODS as WAYS
 from e3va_lite.methods import build_backbone, parse_method
+from e3va_lite.recipe import load_recipe
 from e3va_lite.tables import trainable_parameters
 
 PAIR = ("detection", "e3va++")
@@ -111,6 +112,16 @@ def test_the_standard_adapters_have_as_many_parameters():
         for middle in range(4, 9)
     }
     assert options["middle"] == min(off, key=off.get) and min(off.values()) < 0.04 * low_rank
+
+
+def test_heads_learn_at_one_rate_in_all_arms_of_a_study():
+    def rates(arm, lr):
+        recipe = experiment.Run("detection", arm, "test", lr, 0).recipe()
+        return recipe.lr, recipe.head_lr
+
+    heads = load_recipe("mini-detection").head_lr
+    assert rates("e3va", 3e-5) == rates("from scratch", 3e-5) == (3e-5, heads)
+    assert rates("fixed", 3e-5) == (3e-5, 3e-5)  # what it chooses is the rate of the heads
 
 
 @pytest.fixture
@@ -273,6 +284,9 @@ def test_the_papers_numbers_beside_the_claims():
     assert papers["E3VA is better than a frozen backbone", "detection"] == "Table 1: 86.5 against 83.6"
     assert papers["E3VA is near adapters inside the backbone", "segmentation"] == "Table 1: 49.64 against 50.78"
     assert papers["Parallel adapters are better than chained ones", "detection"] == "Table 5: 86.5 against 85.9"
+    larger = "The larger backbone under E3VA is better than the smaller one fully tuned"
+    assert papers[larger, "instances"] == "Table 2: 52.2 against 51.9"
+    assert papers[larger, "detection"] == "our question"
     assert papers["Trained norms before the neck are better than fixed ones", "detection"] == "Table 6: not legible"
 
 

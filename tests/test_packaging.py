@@ -40,12 +40,12 @@ def test_the_version_is_the_same_everywhere():
     assert e3va_lite.__version__ == PROJECT["version"] == importlib.metadata.version("e3va_lite")
 
 
-def test_the_shipped_weights_are_small_and_carry_their_card():
-    from e3va_lite.swin import NANO_WEIGHTS, create_swin
+@pytest.mark.parametrize("name", ["swin_nano", "swin_nano_deep"])
+def test_the_shipped_weights_are_small_and_carry_their_card(name):
+    from e3va_lite.swin import PRETRAINED, create_swin
 
-    assert NANO_WEIGHTS.stat().st_size < 10e6
-    card = json.loads(NANO_WEIGHTS.with_suffix(".json").read_text())
-    swin = create_swin("swin_nano", pretrained=True)
+    card = json.loads((PRETRAINED / f"{name}.json").read_text())
+    swin = create_swin(name, pretrained=True)
     assert card["parameters"] == sum(p.numel() for p in swin.parameters())
     assert 2e6 < card["parameters"] < 4e6
     accuracy, constant = card["accuracy_on_2000_held_out_images"], card["always_the_commonest_answer"]

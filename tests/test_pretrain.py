@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import load_file
 
 from e3va_lite import InputError, build_backbone, pretrain
+from e3va_lite.swin import MINIATURES
 
 
 @pytest.fixture
@@ -13,8 +14,8 @@ def quick(monkeypatch):
     """Few pictures for the accuracy, and a state on disk every second step."""
     monkeypatch.setattr(pretrain, "HELD_OUT", 8)
     monkeypatch.setattr(pretrain, "SAVE_EVERY", 2)
-    return lambda out, steps=4, overwrite=False: pretrain.pretrain(
-        out, steps=steps, batch=2, lr=1e-3, seed=0, workers=0, device="cpu", overwrite=overwrite
+    return lambda out, backbone="swin_nano", steps=4, overwrite=False: pretrain.pretrain(
+        backbone, out, steps=steps, batch=2, lr=1e-3, seed=0, workers=0, device="cpu", overwrite=overwrite
     )
 
 
@@ -75,13 +76,14 @@ def test_a_cut_off_run_goes_on_as_if_nothing_had_happened(quick, tmp_path, monke
     assert not (tmp_path / "cut.partial").exists()
 
 
-def test_weights_load_and_the_card_tells_how_to_remake_them(quick, tmp_path):
-    out = tmp_path / "nano.safetensors"
-    card = quick(out)
+@pytest.mark.parametrize("backbone", MINIATURES)
+def test_weights_load_and_the_card_tells_how_to_remake_them(backbone, quick, tmp_path):
+    out = tmp_path / "weights.safetensors"
+    card = quick(out, backbone)
     assert json.loads(out.with_suffix(".json").read_text()) == card
-    assert "--steps 4 --batch 2 --lr 0.001 --seed 0" in card["remake"] and card["images"] == 8
+    assert f"pretrain {backbone} --steps 4 --batch 2 --lr 0.001 --seed 0" in card["remake"] and card["images"] == 8
     assert {value.dtype for value in load_file(out).values()} == {torch.float16}
-    build_backbone("e3va", "swin_nano", weights=out)
+    build_backbone("e3va", backbone, weights=out)
     with pytest.raises(InputError, match="--overwrite"):
         quick(out)
 
@@ -109,7 +111,7 @@ def test_pretraining_beats_the_best_constant_answers(tmp_path, monkeypatch):
     """Outlines are not among these: they take a thousand steps. The card of the shipped weights has them."""
     monkeypatch.setattr(pretrain, "HELD_OUT", 100)
     card = pretrain.pretrain(
-        tmp_path / "n.safetensors", 300, 16, 7e-4, seed=0, workers=1, device="cpu", overwrite=False
+        "swin_nano", tmp_path / "n.safetensors", 300, 16, 7e-4, seed=0, workers=1, device="cpu", overwrite=False
     )
     accuracy = card["accuracy_on_100_held_out_images"]
     assert accuracy["texture"] > card["always_the_commonest_answer"]["texture"] + 0.05

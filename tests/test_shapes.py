@@ -6,6 +6,7 @@ import functools
 import io
 import json
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -114,7 +115,7 @@ def test_bodies_can_be_seen_yet_are_no_beacons(scenes):
     assert 15 < np.median(contrast) < 60  # of 255
 
 
-def phases_off(scenes):
+def phases_off(scenes, stains):
     """How far the colours of bodies are from their classes' stains, (bodies,), in -pi..pi.
 
     The share of light that a body takes away is a wave over red, green and blue; a stain is its phase.
@@ -125,40 +126,41 @@ def phases_off(scenes):
         for k in np.flatnonzero(~s.difficult & ~s.crowd):
             absorbed = np.log(ground / s.image[s.instances == k + 1].mean(axis=0))
             phase = np.angle(absorbed @ np.exp(2j * np.pi * np.arange(3) / 3))
-            off.append(np.angle(np.exp(1j * (phase - 2 * np.pi * s.labels[k] / len(CLASSES)))))
+            off.append(np.angle(np.exp(1j * (phase - 2 * np.pi * s.labels[k] / stains))))
     return np.array(off)
 
 
-def test_the_stain_tells_the_class(scenes):
-    off = phases_off(scenes["train"])
-    assert np.median(np.abs(off)) < np.pi / len(CLASSES) / 2  # other bodies above and below mix their colours in
+@pytest.mark.parametrize("world", WORLDS)
+def test_bodies_wear_the_stain_of_their_class(scenes, world):
+    row = scenes["train"] if world == "stained" else [scene(SEED, i, SIZE, world) for i in range(TRAIN)]
+    stains = WORLDS[world].stains
+    assert np.median(np.abs(phases_off(row, stains))) < np.pi / stains / 2  # other bodies mix their colours in
 
 
-def test_in_the_plain_world_colour_tells_nothing(scenes):
-    def concentration(off):  # 0 for directions from everywhere, 1 for one and the same
-        return np.abs(np.exp(1j * off).mean())
+def test_in_the_duotone_world_stain_and_outline_tell_the_class():
+    def drawn(**changes):
+        world = replace(WORLDS["duotone"], **changes)
+        found = [decoy for seed in range(80) for decoy in _decoys(np.random.default_rng(seed), SIZE, world)]
+        assert found and all(k == 0 for k, *_ in found)  # nothing that an annotator would name
+        return {(len(polygon), stain) for _, stain, polygon in found}
 
-    plain = phases_off(scene(SEED, i, SIZE, "plain") for i in range(TRAIN))
-    assert len(plain) > 100 and concentration(plain) < 0.2 < 0.6 < concentration(phases_off(scenes["train"]))
-
-
-def test_a_decoy_of_the_plain_world_has_the_outline_of_no_class():
-    decoys = [decoy for seed in range(20) for decoy in _decoys(np.random.default_rng(seed), SIZE, WORLDS["plain"])]
-    known = {len(OUTLINES[name]) for name in OUTLINES if name not in CLASSES}
-    assert {len(polygon) for _, _, polygon in decoys} == known and all(k == 0 for k, *_ in decoys)
+    corners = [len(OUTLINES[name]) for name in CLASSES]
+    assert drawn(strangers=None) == {(corners[label], 1 - label % 2) for label in range(len(CLASSES))}
+    foreign = {len(OUTLINES[name]) for name in OUTLINES if name not in CLASSES}
+    assert drawn(decoys=(0, 1)) == {(number, stain) for number in foreign for stain in (0, 1)}
 
 
 def test_a_folder_knows_its_world(tmp_path):
     write_scenes(tmp_path, "voc", 1, 1, seed=0, size=64)
     assert "world" not in json.loads((tmp_path / "shapes.json").read_text())  # as when there was only one
-    with pytest.raises(InputError, match="world None, not plain"):
-        write_scenes(tmp_path, "voc", 1, 1, seed=0, size=64, world="plain")
-    write_scenes(tmp_path, "voc", 1, 1, seed=0, size=64, world="plain", overwrite=True)
-    assert json.loads((tmp_path / "shapes.json").read_text())["world"] == "plain"
+    with pytest.raises(InputError, match="world None, not duotone"):
+        write_scenes(tmp_path, "voc", 1, 1, seed=0, size=64, world="duotone")
+    write_scenes(tmp_path, "voc", 1, 1, seed=0, size=64, world="duotone", overwrite=True)
+    assert json.loads((tmp_path / "shapes.json").read_text())["world"] == "duotone"
     with pytest.raises(InputError, match="other scenes"):
         write_scenes(tmp_path, "voc", 1, 1, seed=0, size=64)
-    with pytest.raises(InputError, match="did you mean plain"):
-        write_scenes(tmp_path / "new", "voc", 1, 1, seed=0, size=64, world="plian")
+    with pytest.raises(InputError, match="did you mean duotone"):
+        write_scenes(tmp_path / "new", "voc", 1, 1, seed=0, size=64, world="duoton")
 
 
 def test_a_decoy_wears_the_stain_of_another_class():

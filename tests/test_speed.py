@@ -131,7 +131,7 @@ def test_growth(axis, results, request, monkeypatch):
         setting = {"blocks in stage 3": 6, "image side, pixels": 160, "images": 2, axis: value}
         depths = (2, 2, setting["blocks in stage 3"], 2)
         shape = {"embed_dim": 96, "depths": depths, "num_heads": (3, 6, 12, 24), "window_size": 7, "weight_init": "jax"}
-        monkeypatch.setattr(swin, "NANO", shape)
+        monkeypatch.setitem(swin.MINIATURES, "swin_nano", shape)
         recipe = load_recipe("voc-nano", {"pretrained": False, "batch": setting["images"]})
         side = setting["image side, pixels"]
         table = time_table(recipe, METHODS, (side, side), CPU, rounds=6)

@@ -3,9 +3,11 @@
 The look is that of a stained slide under a microscope: translucent bodies with dark rims on a mottled ground, in uneven
 light. Half of the six classes have outlines that pretraining showed, half were kept from it.
 
-There are two worlds. In the ``stained`` one colour, which meant nothing in pretraining, has a meaning: each class takes
-up a stain of its own, and a body of the same outline in another's stain is a decoy. In the ``plain`` one it means
-nothing here either: decoys have outlines that are no class's. Read from ``scene`` down; each layout has one writer.
+Colour, which meant nothing in pretraining, has a meaning here: each class takes up a stain, and a body of the same
+outline in another stain is a decoy. There are two worlds. In the ``stained`` one each class has a stain of its own, so
+that colour alone goes a long way. In the ``duotone`` one outlines count for more: there are two stains for the six
+classes, and decoys of foreign outlines, too.
+Read from ``scene`` down; each layout has one writer.
 """
 
 import itertools
@@ -44,17 +46,19 @@ class World:
     """A kind of scenes.
 
     Attributes:
-        stained: Whether colour tells the class.
+        stains: How many there are; classes take them in turn.
         zoom: How large bodies are.
-        decoys: How many of them there are, half-open.
+        decoys: How many bodies have a class's outline in another stain, half-open.
+        strangers: How many have the outline of no class, half-open.
     """
 
-    stained: bool
+    stains: int
     zoom: float
     decoys: tuple[int, int]
+    strangers: tuple[int, int] | None = None
 
 
-WORLDS = {"stained": World(True, 1.0, (4, 9)), "plain": World(False, 1.25, (3, 6))}
+WORLDS = {"stained": World(len(CLASSES), 1.0, (4, 9)), "duotone": World(2, 1.25, (2, 5), (2, 5))}
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ def scene(seed: int, index: int, size: int = 224, world: str = "stained") -> Sce
     rng = np.random.default_rng((seed, index))
     special = np.random.default_rng((seed, index // 25)).permutation(25)[index % 25]
     kind = WORLDS[world]
-    look = _Look(rng, size, kind.stained)
+    look = _Look(rng, size, kind.stains)
     canvas = look.ground()
     instances = np.zeros((size, size), np.uint8)
     things = [] if special == 0 else _things(rng, size, kind, with_crowd=special in (1, 2))
@@ -106,16 +110,18 @@ def _things(rng: Rng, size: int, world: World, with_crowd: bool) -> list[tuple[i
 
 
 def _decoys(rng: Rng, size: int, world: World) -> list[tuple[int, int, np.ndarray]]:
-    """Bodies that are nothing: 0, stain and polygon. Outline and stain are of two classes, or the outline of none."""
-    if not world.stained:
-        outlines = rng.integers(len(BLOTCHES), size=rng.integers(*world.decoys))
-        return [(0, 0, _body(rng, size, world, BLOTCHES[outline])) for outline in outlines]
+    """Bodies that are nothing: 0, stain and polygon."""
     outlines = rng.integers(len(CLASSES), size=rng.integers(*world.decoys))
-    stains = (outlines + rng.integers(1, len(CLASSES), size=len(outlines))) % len(CLASSES)
-    return [
+    stains = (outlines + rng.integers(1, world.stains, size=len(outlines))) % world.stains
+    decoys = [
         (0, int(stain), _body(rng, size, world, CLASSES[outline]))
         for outline, stain in zip(outlines, stains, strict=True)
     ]
+    if world.strangers is not None:
+        for outline in rng.integers(len(BLOTCHES), size=rng.integers(*world.strangers)):
+            stain = int(rng.integers(world.stains))
+            decoys.append((0, stain, _body(rng, size, world, BLOTCHES[outline])))
+    return decoys
 
 
 def _body(rng: Rng, size: int, world: World, name: str) -> np.ndarray:
@@ -159,8 +165,8 @@ def _extent(mask: np.ndarray) -> tuple[int, int, int, int]:
 class _Look:
     """The light and the colours of one scene; every method draws on from the scene's random numbers."""
 
-    def __init__(self, rng: Rng, size: int, stained: bool) -> None:
-        self.rng, self.size, self.stained = rng, size, stained
+    def __init__(self, rng: Rng, size: int, stains: int) -> None:
+        self.rng, self.size, self.stains = rng, size, stains
         self.level = rng.uniform(0.36, 0.6)  # brightness of the ground
         tint = rng.normal(size=3)
         self.tint = 0.08 * (tint - tint.mean())  # one cast over everything: the palette is narrow
@@ -194,10 +200,7 @@ class _Look:
 
     def body(self, canvas: np.ndarray, box: tuple[slice, slice], mask: np.ndarray, stain: int) -> None:
         """A translucent body: it takes away light, most of the colour opposite to its stain, and more at its rim."""
-        if self.stained:
-            hue = 2 * np.pi * stain / len(CLASSES) + self.rng.normal(0, 0.15)
-        else:
-            hue = self.rng.uniform(0, 2 * np.pi)
+        hue = 2 * np.pi * (stain % self.stains) / self.stains + self.rng.normal(0, 0.15)
         absorbed = 1 + 0.84 * np.cos(hue - 2 * np.pi / 3 * np.arange(3))  # of red, green and blue
         reach = self.size // 16 + 2  # further out nothing of the blurred mask is left
         window = tuple(slice(max(side.start - reach, 0), side.stop + reach) for side in box)

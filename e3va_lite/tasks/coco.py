@@ -50,6 +50,7 @@ def model(recipe: COCORecipe, backbone: nn.Module, num_classes: int) -> nn.Modul
         anchor_base=recipe.anchor_base,
         head_channels=recipe.head_channels,
         samples=recipe.samples,
+        proposals=recipe.proposals,
     )
 
 

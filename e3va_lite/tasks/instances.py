@@ -54,6 +54,7 @@ def build_cascade_mask_rcnn(
     anchor_base: float = 8.0,
     head_channels: int = 1024,
     samples: int = 512,
+    proposals: int = 1000,
 ) -> nn.Module:
     """A Cascade Mask R-CNN that uses every map of the backbone, and for proposals one more of twice the last stride.
 
@@ -86,6 +87,8 @@ def build_cascade_mask_rcnn(
         head_channels: Width of the layer behind a box head's convolutions; 1024 in the paper's setting.
         samples: Boxes per image on which a stage trains, at most; 512 in the paper's setting. The time of a step on
             small images is all but proportional to it.
+        proposals: Boxes per image that the cascade looks at in evaluation, at most; training draws its samples from
+            twice as many. 1000 in the paper's setting.
 
     Raises:
         InputError: For a number of classes, size, width or base that cannot work, or a backbone without the two lists;
@@ -103,9 +106,11 @@ def build_cascade_mask_rcnn(
         raise InputError(f"head_channels is {head_channels}; the box heads need at least one.")
     if samples < 4:
         raise InputError(f"samples is {samples}; only a quarter may be objects: training needs at least four.")
+    if proposals < 1:
+        raise InputError(f"proposals is {proposals}; without any there are no detections: give 1 or more.")
     return _CascadeMaskRCNN(
         _Pyramid(backbone, fpn_channels, LastLevelMaxPool()),
-        _Proposals(_Anchors([*strides, 2 * strides[-1]], anchor_base, per_octave=1), fpn_channels),
+        _Proposals(_Anchors([*strides, 2 * strides[-1]], anchor_base, per_octave=1), fpn_channels, proposals),
         _Cascade(strides, fpn_channels, head_channels, num_classes, samples),
         _Transform(min_sizes, min_size, max_size),
     )
@@ -179,7 +184,8 @@ class _Proposals(RegionProposalNetwork):
     They are divided by the samples of the batch on however many processes it lies.
     """
 
-    def __init__(self, anchors: _Anchors, channels: int):
+    def __init__(self, anchors: _Anchors, channels: int, proposals: int):
+        most = {"training": 2 * proposals, "testing": proposals}
         super().__init__(
             anchors,
             _ProposalHead(channels, anchors.num_anchors_per_location()[0]),
@@ -187,8 +193,8 @@ class _Proposals(RegionProposalNetwork):
             bg_iou_thresh=0.3,
             batch_size_per_image=256,
             positive_fraction=0.5,
-            pre_nms_top_n={"training": 2000, "testing": 1000},
-            post_nms_top_n={"training": 2000, "testing": 1000},
+            pre_nms_top_n=most,
+            post_nms_top_n=most,
             nms_thresh=0.7,
         )
         self.proposal_matcher = _Matcher(0.7, 0.3, allow_low_quality_matches=True)
