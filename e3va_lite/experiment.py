@@ -72,7 +72,7 @@ STUDIES = {
 }
 
 # A quarter of the paper's ranks and widths, for the backbone is about a quarter as wide as Swin-B and Swin-L: so two
-# branches span less than the middle dimension in every stage.
+# branches span less than the middle dimension in every stage. The paper's own are e3va++'s and ``PAPERS_WIDTHS``.
 METHODS = {
     "full": Arm("full"),
     "fixed": Arm("fixed"),
@@ -103,13 +103,18 @@ ABLATIONS = {
     "random start": Arm("e3va:rank=2,start=random"),
     "rank 1": Arm("e3va:rank=1"),
     "rank 16": Arm("e3va:rank=16"),
+}
+PAPERS_WIDTHS = {
     "adapter, the paper's width": Arm("adapter:middle=64"),
+    "lora, the paper's rank": Arm("lora:rank=64"),
+    "adaptformer, the paper's width": Arm("adaptformer:middle=64"),
+    "lorand, the paper's rank": Arm("lorand:rank=8"),
 }
 LARGER = {
     "larger backbone, fixed": Arm("fixed", backbone="swin_nano_deep"),
     "larger backbone, e3va": Arm("e3va:rank=2", backbone="swin_nano_deep"),
 }
-ARMS = METHODS | CONTROLS | ABLATIONS | LARGER
+ARMS = METHODS | CONTROLS | ABLATIONS | PAPERS_WIDTHS | LARGER
 CORE = ("fixed", "adapter", "e3va", "full")
 REST = [*(name for name in METHODS if name not in CORE), *CONTROLS]
 #: What can be run by itself; all of it is the experiment.
@@ -119,7 +124,7 @@ PARTS: dict[str, list[tuple[str, str]]] = {
     "instances": [("instances", arm) for arm in (*CORE, "e3va++", *CONTROLS)],
     "methods": [(study, arm) for study in ("detection", "segmentation") for arm in REST],
     "few-methods": [("few images", arm) for arm in REST if arm not in CONTROLS],
-    "ablations": [("detection", arm) for arm in ABLATIONS],
+    "ablations": [("detection", arm) for arm in (*ABLATIONS, *PAPERS_WIDTHS)],
     "larger": [(study, arm) for study in ("detection", "instances") for arm in LARGER],
 }
 QUICK = [("quick", arm) for arm in CORE]

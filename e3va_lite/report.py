@@ -1,21 +1,22 @@
 """What the runs of :mod:`e3va_lite.experiment` say: the paper's tables in miniature, its claims with a verdict each.
 
 Everything is computed from the lines of finished runs. Two points (.02) of AP or mIoU are the margin below which two
-ways of tuning count as near each other; the p-values of all verdicts are corrected together (Holm); a run that diverged
-counts with a score of 0. Claims, margin and numbers of seeds were written down before the experiment's own runs.
+ways of tuning count as near each other; the p-values of all claims are corrected together (Holm), and so are those of
+all premises; a run that diverged counts with a score of 0. Claims, margins and numbers of seeds were written down
+before the experiment's own runs.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .experiment import ABLATIONS, ARMS, CONTROLS, LARGER, METHODS, STUDIES, chosen_rate
+from .experiment import ABLATIONS, ARMS, CONTROLS, LARGER, METHODS, PAPERS_WIDTHS, STUDIES, chosen_rate
 from .plots import trade_offs
 from .significance import LEVEL, Difference, difference, holm, interval
 from .tables import printed
 
-MARGIN = 0.02
+NEAR, ROOM = 0.02, 0.05
 METRICS = {
     "detection": "AP at IoU .5",
     "few images": "AP at IoU .5",
@@ -25,11 +26,16 @@ METRICS = {
 }
 
 
+TWO_BRANCHES = """One low-rank branch of twice the rank against two branches: outputs and updates are the same, which
+`tests/test_adapters.py` shows. No run can tell them apart."""
+
+
 @dataclass(frozen=True)
 class Claim:
-    """Something that can hold or not: in ``study``, ``a`` is better than ``b``, or (``near``) not worse by the margin.
+    """Something that can hold or not: in ``study``, the score of ``a`` exceeds that of ``b`` by more than ``margin``.
 
     Attributes:
+        margin: Negative where a may be a little worse.
         evidence: The paper's table, its rows for a and b, and the column; None for a question of our own.
     """
 
@@ -37,7 +43,7 @@ class Claim:
     study: str
     a: str
     b: str
-    near: bool = False
+    margin: float = 0.0
     evidence: tuple[str, str, str, str] | None = None
 
     def printed(self) -> str:
@@ -57,30 +63,30 @@ PLACES = {
     "segmentation": ("table1", "miou_ade20k"),
     "instances": ("table2", "ap_box"),
 }
-#: What E3VA is compared with in detection: claim, the other arm, whether near is enough, rows of the paper's table.
+#: What E3VA is compared with in detection: claim, the other arm, margin, rows of the paper's table.
 DESIGN = (
     (
         "Low-rank adapters are better than standard ones of as many parameters",
         "standard, as many parameters",
-        False,
+        0.0,
         ("table5", "low-rank", "standard"),
     ),
-    ("Parallel adapters are better than stacked ones", "stacked", False, ("table5", "parallel", "stacked")),
-    ("Parallel adapters are better than chained ones", "chained", False, ("table5", "parallel", "stacked")),
+    ("Parallel adapters are better than stacked ones", "stacked", 0.0, ("table5", "parallel", "stacked")),
+    ("Parallel adapters are better than chained ones", "chained", 0.0, ("table5", "parallel", "stacked")),
     (
         "Inherited reductions are near trainable ones",
         "trainable reductions",
-        True,
+        -NEAR,
         ("table6", "reductions inherited", "reductions trainable"),
     ),
     (
         "Trained norms before the neck are better than fixed ones",
         "fixed norms",
-        False,
+        0.0,
         ("table6", "norms trainable", "norms fixed"),
     ),
-    ("Norm(e) is better than Norm(e + l)", "e + l", False, None),
-    ("A start at the identity is better than a random one", "random start", False, None),
+    ("Norm(e) is better than Norm(e + l)", "e + l", 0.0, None),
+    ("A start at the identity is better than a random one", "random start", 0.0, None),
 )
 
 
@@ -88,27 +94,36 @@ def _claims() -> Iterator[Claim]:
     for study, (table, column) in PLACES.items():
         few = study == "few images"  # there the paper's claim is that full fine-tuning overfits
         about_full = "better than" if few else "near"
-        for text, b, near in (
-            ("E3VA is better than a frozen backbone", "fixed", False),
-            ("E3VA is near adapters inside the backbone", "adapter", True),
-            (f"E3VA is {about_full} full fine-tuning", "full", not few),
+        for text, b, margin in (
+            ("E3VA is better than a frozen backbone", "fixed", 0.0),
+            ("E3VA is near adapters inside the backbone", "adapter", -NEAR),
+            (f"E3VA is {about_full} full fine-tuning", "full", 0.0 if few else -NEAR),
         ):
-            yield Claim(text, study, "e3va", b, near, (table, "e3va", b, column))
+            yield Claim(text, study, "e3va", b, margin, (table, "e3va", b, column))
         text = "E3VA is better than a frozen backbone with trained norms before the neck"
         yield Claim(text, study, "e3va", "fixed, norms trained")
     for study in ("detection", "segmentation"):
         table, column = PLACES[study]
         for a, b in (("e3va+", "e3va"), ("e3va++", "e3va+")):
-            yield Claim(f"{a} is better than {b}", study, a, b, False, (table, a, b, column))
+            yield Claim(f"{a} is better than {b}", study, a, b, 0.0, (table, a, b, column))
     for study in ("detection", "instances"):
         text = "The larger backbone under E3VA is better than the smaller one fully tuned"
         evidence = ("table2", "e3va on Swin-L", "full", "ap_box") if study == "instances" else None
-        yield Claim(text, study, "larger backbone, e3va", "full", False, evidence)
-    for text, b, near, rows in DESIGN:
-        yield Claim(text, "detection", "e3va", b, near, None if rows is None else (*rows, "ap_voc"))
+        yield Claim(text, study, "larger backbone, e3va", "full", 0.0, evidence)
+    for text, b, margin, rows in DESIGN:
+        yield Claim(text, "detection", "e3va", b, margin, None if rows is None else (*rows, "ap_voc"))
+
+
+def _premises() -> Iterator[Claim]:
+    for study in ("detection", "segmentation", "instances"):
+        yield Claim("A frozen pretrained backbone is better than training from scratch", study, "fixed", "from scratch")
+        text = f"A frozen backbone leaves {100 * ROOM:.0f} points or more to full fine-tuning"
+        yield Claim(text, study, "full", "fixed", ROOM)
 
 
 CLAIMS = tuple(_claims())
+#: What has to hold for the comparison to mean anything: pretraining is worth something here, and so is tuning.
+PREMISES = tuple(_premises())
 
 
 def summarise(lines: list[dict]) -> dict:
@@ -119,8 +134,9 @@ def summarise(lines: list[dict]) -> dict:
 
     Returns:
         ``studies``: per study and arm the chosen learning rate, scores by seed, mean, half of the 95 % interval,
-        trained parameters, and peak and seconds where they were measured; ``claims``: see :func:`judged`; ``failed``:
-        runs that diverged; ``runs``: how many lines there are; ``measured``: devices, versions and dates.
+        trained parameters, and peak and seconds where they were measured; ``premises`` and ``claims``: see
+        :func:`judged`; ``failed``: runs that diverged; ``runs``: how many lines there are; ``measured``: devices,
+        versions and dates.
     """
     runs = [line for line in lines if line.get("purpose") in ("choose", "test")]
     costs = {
@@ -135,7 +151,8 @@ def summarise(lines: list[dict]) -> dict:
     measured = {(line["device"], line["versions"]["torch"], line["precision"], line["date"]) for line in runs}
     return {
         "studies": studies,
-        "claims": judged(studies),
+        "premises": judged(PREMISES, studies),
+        "claims": judged(CLAIMS, studies),
         "failed": [f"{x['study']}, {x['arm']}, lr {x['lr']}" for x in runs if x["status"] == "failed"],
         "runs": len(runs),
         "measured": sorted(measured),
@@ -164,26 +181,25 @@ def _arm(runs: list[dict], study: str, arm: str) -> dict | None:
     }
 
 
-def judged(studies: dict[str, dict]) -> list[dict]:
+def judged(claims: Iterable[Claim], studies: dict[str, dict]) -> list[dict]:
     """The claims whose two arms were run: the difference with its interval, the corrected p-value and the verdict.
 
     A verdict is ``holds``, ``does not`` (the opposite is significant) or ``undecided``.
     """
     found: list[tuple[Claim, Difference]] = []
-    for claim in CLAIMS:
+    for claim in claims:
         arms = studies.get(claim.study, {})
         if claim.a in arms and claim.b in arms:
             a, b = arms[claim.a]["scores"], arms[claim.b]["scores"]
             seeds = sorted(a.keys() & b.keys())
             found.append((claim, difference([a[s] for s in seeds], [b[s] for s in seeds])))
-    margins = [-MARGIN if claim.near else 0.0 for claim, _ in found]
-    one_sided = [(d.p_more(m), d.p_less(m)) for (_, d), m in zip(found, margins, strict=True)]
+    one_sided = [(d.p_more(claim.margin), d.p_less(claim.margin)) for claim, d in found]
     corrected = holm([min(1.0, 2 * min(pair)) for pair in one_sided])
     return [
         {
             "claim": claim.text,
             "study": claim.study,
-            "kind": "near" if claim.near else "more",
+            "margin": claim.margin,
             "a": claim.a,
             "b": claim.b,
             "paper": claim.printed(),
@@ -203,12 +219,17 @@ def as_markdown(summary: dict) -> str:
     studies = summary["studies"]
     parts = ["# The paper in miniature", _setting(summary)]
     table1 = {study: PLACES[study] for study in ("detection", "segmentation", "few images")}
+    parts += ["## Premises: pretraining matters here, and so does tuning", _claim_table(summary["premises"])]
     parts += ["## Table 1: detection and segmentation", _methods(studies, table1)]
     parts += ["## Table 2: instances", _methods(studies, {"instances": PLACES["instances"]})]
     if studies.get("quick"):
         parts += ["## The quick subset", _methods(studies, {"quick": None})]
     parts += ["## Table 3: time of a training step", _times(studies)]
-    parts += ["## Tables 5 and 6, ranks and open readings: detection", _ablations(studies.get("detection", {}))]
+    detection = studies.get("detection", {})
+    names = ("e3va", "e3va+", "e3va++", *ABLATIONS)
+    parts += ["## Tables 5 and 6, ranks and open readings: detection", _variants(detection, names), TWO_BRANCHES]
+    names = [name for arm in PAPERS_WIDTHS for name in (arm.split(",")[0], arm)]
+    parts += ["## The baselines' widths, ours and the paper's: detection", _variants(detection, names)]
     parts += ["## A larger backbone in the memory of a smaller one", _larger(studies)]
     parts += ["## Claims", _claim_table(summary["claims"])]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -284,12 +305,11 @@ def _times(studies: dict) -> str:
     return _table(header, rows)
 
 
-def _ablations(arms: dict) -> str:
-    names = [name for name in ("e3va", "e3va+", "e3va++", *ABLATIONS) if name in arms]
-    if len(names) < 2:
-        return "Not run yet."
+def _variants(arms: dict, names: Iterable[str]) -> str:
     rows = []
     for name in names:
+        if name not in arms:
+            continue
         speed = arms[name].get("images_per_second")
         rows.append(
             [
@@ -301,7 +321,8 @@ def _ablations(arms: dict) -> str:
                 "" if speed is None else f"{speed:.1f}",
             ]
         )
-    return _table(["", "options", "trained", METRICS["detection"], "peak, MiB", "images/s, inference"], rows)
+    header = ["", "options", "trained", METRICS["detection"], "peak, MiB", "images/s, inference"]
+    return _table(header, rows) if len(rows) > 1 else "Not run yet."
 
 
 def _larger(studies: dict) -> str:
@@ -335,7 +356,7 @@ def _claim_table(claims: list[dict]) -> str:
     header = ["claim", "study", "the paper", "ours, points (95 %)", "detectable", "p, corrected", "verdict"]
     return f"""{_table(header, rows)}
 
-*Near*: not worse by {100 * MARGIN:.0f} points or more. *Detectable*: the difference that so many seeds find with a
+*Near*: not worse by {100 * NEAR:.0f} points or more. *Detectable*: the difference that so many seeds find with a
 probability of 80 %. p-values are two-sided, corrected after Holm."""
 
 

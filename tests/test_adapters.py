@@ -22,6 +22,23 @@ def test_low_rank_linear_is_the_sum_of_two_products():
     assert sum(p.numel() for p in linear.parameters()) == 2 * 2 * (6 + 10) + 6
 
 
+def test_two_branches_learn_as_one_of_twice_the_rank():
+    """Which of the two a paper means can be seen in no number: outputs and AdamW's updates are the same."""
+    one = LowRankLinear(n=10, m=6, rank=2)
+    branches = [torch.nn.Parameter(p.detach().clone()) for p in (*one.t.chunk(2, dim=0), *one.s.chunk(2, dim=1))]
+    t1, t2, s1, s2 = branches
+    optimizers = [torch.optim.AdamW(params, lr=0.05, weight_decay=0.1) for params in ([one.t, one.s], branches)]
+    for _ in range(5):
+        x = torch.randn(8, 10)
+        outputs = one(x) - one.b, x @ t1.T @ s1.T + x @ t2.T @ s2.T
+        torch.testing.assert_close(*outputs)
+        for output, optimizer in zip(outputs, optimizers, strict=True):
+            output.square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    torch.testing.assert_close(one.s, torch.cat([s1, s2], dim=1))
+
+
 def test_low_rank_adapter_never_forms_the_whole_matrix():
     """No tensor of m x n or more elements appears, forward or backward, when the batch is one token."""
     n, rank = 256, 2

@@ -89,7 +89,9 @@ def test_every_part_is_made_of_studies_and_arms():
     assert len(pairs) == len(set(pairs)) and all(study in STUDIES and arm in ARMS for study, arm in pairs)
     for study in ("detection", "segmentation", "few images"):
         assert {arm for s, arm in pairs if s == study} >= METHODS.keys()
-    assert {(claim.study, arm) for claim in report.CLAIMS for arm in (claim.a, claim.b)} <= set(pairs)
+    assert {(claim.study, arm) for claim in (*report.CLAIMS, *report.PREMISES) for arm in (claim.a, claim.b)} <= set(
+        pairs
+    )
 
 
 def test_the_twelve_ways_with_ranks_that_are_low(recwarn):
@@ -250,6 +252,16 @@ def test_verdicts():
         "E3VA is near full fine-tuning": "does not",
         "Parallel adapters are better than stacked ones": "undecided",
     }
+
+
+def test_premises_ask_for_room():
+    """Ten points are surely more than five, six may be five."""
+    arms = {("segmentation", "fixed"): FIXED, ("segmentation", "full"): NEAR_FULL, ("detection", "fixed"): FIXED}
+    arms |= {("detection", "full"): [0.26, 0.27, 0.26, 0.25], ("detection", "from scratch"): NEAR_FULL}
+    found = {(x["claim"], x["study"]): x["verdict"] for x in report.summarise(run_lines(arms))["premises"]}
+    room = "A frozen backbone leaves 5 points or more to full fine-tuning"
+    assert found[room, "segmentation"] == "holds" and found[room, "detection"] == "undecided"
+    assert found["A frozen pretrained backbone is better than training from scratch", "detection"] == "does not"
 
 
 def test_many_claims_ask_for_more():
