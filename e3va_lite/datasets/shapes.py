@@ -6,8 +6,8 @@ light. Half of the six classes have outlines that pretraining showed, half were 
 Colour, which meant nothing in pretraining, has a meaning here: each class takes up a stain, and a body of the same
 outline in another stain is a decoy. There are two worlds. In the ``stained`` one each class has a stain of its own, so
 that colour alone goes a long way. In the ``duotone`` one outlines count for more: there are two stains for the six
-classes, and decoys of foreign outlines, too.
-Read from ``scene`` down; each layout has one writer.
+classes, and decoys of foreign outlines, too; bodies are fewer and larger. Read from ``scene`` down; each layout has one
+writer.
 """
 
 import itertools
@@ -48,17 +48,22 @@ class World:
     Attributes:
         stains: How many there are; classes take them in turn.
         zoom: How large bodies are.
+        objects: How many there are besides crowds, half-open.
         decoys: How many bodies have a class's outline in another stain, half-open.
         strangers: How many have the outline of no class, half-open.
     """
 
     stains: int
     zoom: float
+    objects: tuple[int, int]
     decoys: tuple[int, int]
     strangers: tuple[int, int] | None = None
 
 
-WORLDS = {"stained": World(len(CLASSES), 1.0, (4, 9)), "duotone": World(2, 1.25, (2, 5), (2, 5))}
+WORLDS = {
+    "stained": World(stains=len(CLASSES), zoom=1.0, objects=(6, 12), decoys=(4, 9)),
+    "duotone": World(stains=2, zoom=1.7, objects=(3, 7), decoys=(0, 3), strangers=(2, 5)),
+}
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,7 @@ def scene(seed: int, index: int, size: int = 224, world: str = "stained") -> Sce
 
 def _things(rng: Rng, size: int, world: World, with_crowd: bool) -> list[tuple[int, np.ndarray, bool]]:
     """The objects of a scene: class, polygon and whether it is one of a crowd."""
-    labels = rng.integers(len(CLASSES), size=rng.integers(6, 12)).tolist()
+    labels = rng.integers(len(CLASSES), size=rng.integers(*world.objects)).tolist()
     things = [(label, _body(rng, size, world, CLASSES[label]), False) for label in labels]
     if with_crowd:
         label, centre = int(rng.integers(len(CLASSES))), rng.uniform(0.25 * size, 0.75 * size, 2)
