@@ -227,9 +227,10 @@ def machine(recipe: Recipe, device: torch.device) -> dict:
     import timm
     import torchvision
 
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
+    threads = torch.get_num_threads()
+    on_cpu = f"{platform.machine()} CPU, {threads} thread{'s' * (threads > 1)}"
     return {
-        "device": name if device.type == "cuda" else f"{name}, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else on_cpu,
         "processes": world(),
         "precision": recipe.precision,
         "versions": {

@@ -27,7 +27,7 @@ from torch.utils.data import Subset
 from tqdm import tqdm
 
 from .costs import interleaved_seconds, with_method
-from .datasets.shapes import VERSION, write_scenes
+from .datasets.shapes import VERSION, WORLDS, write_scenes
 from .engine import build_model, evaluate, fit, machine
 from .errors import InputError
 from .highway import E3VA
@@ -252,7 +252,8 @@ def perform(recipe: Recipe, images: int | None, purpose: str, data: Path, device
 def setting(run: Run) -> dict:
     """Everything that a run's result depends on besides the code: a line of another setting is not this run's."""
     recipe = run.recipe()
-    images = {"world": WORLD, "version": VERSION, "train": STUDIES[run.study].images or TRAIN_IMAGES}
+    images = {"world": WORLD, **asdict(WORLDS[WORLD]), "version": VERSION}
+    images |= {"train": STUDIES[run.study].images or TRAIN_IMAGES}
     images |= {"test": TEST_IMAGES} if run.purpose == "test" else {"choose": CHOOSE_IMAGES}
     weights = _pretrained(recipe.backbone) if recipe.pretrained else None
     return {**asdict(run), "recipe": asdict(recipe), "scenes": images, "weights": weights}
