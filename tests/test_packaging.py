@@ -40,7 +40,7 @@ def test_the_version_is_the_same_everywhere():
     assert e3va_lite.__version__ == PROJECT["version"] == importlib.metadata.version("e3va_lite")
 
 
-@pytest.mark.parametrize("name", ["swin_nano", "swin_nano_deep"])
+@pytest.mark.parametrize("name", ["swin_nano"])
 def test_the_shipped_weights_are_small_and_carry_their_card(name):
     from e3va_lite.swin import PRETRAINED, create_swin
 
