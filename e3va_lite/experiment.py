@@ -135,7 +135,7 @@ CHOOSE_SEED = 1000  # of the runs that choose; those that are judged have 0, 1, 
 # Judged runs per arm. By five seeds in the stained world (data/results/shapes-5-seeds.json), eight find what separates
 # E3VA from a frozen backbone after a correction for some thirty claims, and five do not.
 SEEDS, SEEDS_OF_CLAIMED, SEEDS_OF_QUICK = 5, 8, 2
-CLAIMED = ("fixed", "fixed, norms trained", "adapter", "e3va", "full", "larger backbone, e3va")
+CLAIMED = (*CORE, *CONTROLS, "larger backbone, e3va")
 TRAIN_IMAGES, TEST_IMAGES, CHOOSE_IMAGES = 480, 160, 100
 WORLD = "duotone"  # of the scenes
 TEST_SCENES, CHOOSE_SCENES = 0, 1  # seeds of scenes; training images are of the first
