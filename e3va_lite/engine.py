@@ -40,6 +40,7 @@ def build_model(recipe: Recipe, num_classes: int) -> nn.Module:
 def build_optimizer(model: nn.Module, recipe: Recipe, foreach: bool | None = None) -> torch.optim.Optimizer:
     """AdamW on what is trainable; no decay on layer norms and relative-position tables, as is usual for Swin.
 
+    What is not in the backbone (neck and heads) learns at the recipe's ``head_lr``, where it has one.
     ``foreach`` is torch's: all parameters at once; without, so on CUDA and one by one on a CPU.
     """
     norms = {id(p) for m in model.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters(recurse=False)}

@@ -2,8 +2,9 @@
 
 Everything is computed from the lines of finished runs. Two points (.02) of AP or mIoU are the margin below which two
 ways of tuning count as near each other; the p-values of all claims are corrected together (Holm), and so are those of
-all premises; a run that diverged counts with a score of 0. Claims, margins and numbers of seeds were written down
-before the experiment's own runs.
+all premises; a run that diverged counts with a score of 0. Claims and margins were written down before the experiment's
+own runs. The world of the scenes was not: it was changed after a first one in which E3VA did nothing, and whose lines
+are in ``data/results/reproduce-cluttered.jsonl``.
 """
 
 import json

@@ -126,6 +126,15 @@ def test_heads_learn_at_one_rate_in_all_arms_of_a_study():
     assert rates("fixed", 3e-5) == (3e-5, 3e-5)  # what it chooses is the rate of the heads
 
 
+def test_the_rate_of_heads_is_the_one_that_the_frozen_backbone_chose():
+    """By the committed runs, as far as they are there."""
+    lines = read_lines(Path(__file__).parents[1] / "data" / "results" / "reproduce.jsonl")
+    tried = {
+        x["lr"]: x["score"] for x in lines if (x["study"], x["arm"], x["purpose"]) == ("detection", "fixed", "choose")
+    }
+    assert len(tried) >= 3 and chosen_rate(tried) == load_recipe("mini-detection").head_lr
+
+
 @pytest.fixture
 def tiny(monkeypatch):
     """The experiment with next to no images and steps."""
