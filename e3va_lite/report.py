@@ -272,7 +272,8 @@ def _methods(studies: dict, columns: dict[str, tuple[str, str] | None]) -> str:
         found = [studies[study].get(arm) for study in present]
         if not any(found):
             continue
-        row = [f"`{ARMS[arm].spec}`" if arm in METHODS else arm, f"{next(x for x in found if x)['trainable']:,}"]
+        trained = dict.fromkeys(f"{cell['trainable']:,}" for cell in found if cell)  # tasks take different stages
+        row = [f"`{ARMS[arm].spec}`" if arm in METHODS else arm, " / ".join(trained)]
         for study, cell in zip(present, found, strict=True):
             row += [_score(cell), _mib(cell or {}), *([_printed(columns[study], arm)] if columns[study] else [])]
         rows.append(row)

@@ -300,6 +300,12 @@ def test_the_report_says_what_the_lines_say(tmp_path):
     assert (tmp_path / "report" / "trade-offs.png").stat().st_size > 10_000
 
 
+def test_a_way_of_tuning_trains_another_number_in_each_task():
+    lines = run_lines({(study, "e3va"): [0.3, 0.3] for study in ("detection", "few images", "segmentation")})
+    lines = [{**x, "trainable": 9000 if x["study"] == "segmentation" else 7000} for x in lines]
+    assert "| `e3va:rank=2` | 7,000 / 9,000 | 30.0" in report.as_markdown(report.summarise(lines))
+
+
 def test_the_papers_numbers_beside_the_claims():
     papers = {(claim.text, claim.study): claim.printed() for claim in report.CLAIMS}
     assert papers["E3VA is better than a frozen backbone", "detection"] == "Table 1: 86.5 against 83.6"
