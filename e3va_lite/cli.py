@@ -124,7 +124,7 @@ def compare(methods, seeds, root, recipe, settings, data, out, mode, device, ove
     result = run(loaded, with_memory(methods or METHODS, mode), seeds, root, data, partial, _device(device))
     out.parent.mkdir(parents=True, exist_ok=True)
     files[0].write_text(json.dumps(result, indent=2) + "\n")
-    compare_figure(result, files[1])
+    compare_figure(result).savefig(files[1])
     partial.unlink()
     if as_json:
         click.echo(json.dumps(result, indent=2))
@@ -225,7 +225,7 @@ def memory(
     table = memory_table(loaded, with_memory(split_methods(methods), mode), size, where, dry_run, checkpointing)
     click.echo(json.dumps(table, indent=2) if as_json else memory_text(table, modules))
     if figure:
-        memory_figure(table, figure)
+        memory_figure(table).savefig(figure)
         click.echo(f"saved: {figure}", err=as_json)
 
 
@@ -285,8 +285,10 @@ def tables(numbers, times, figures, overwrite, as_json) -> None:
     result = paper_tables(sorted(set(numbers)) or [1, 2, 3, 4], times or TIMES)
     click.echo(json.dumps(result, indent=2) if as_json else as_text(result))
     if figures:
-        for path in table_figures(result, figures):
-            click.echo(f"saved: {path}", err=as_json)
+        figures.mkdir(parents=True, exist_ok=True)
+        for name, figure in table_figures(result):
+            figure.savefig(figures / name)
+            click.echo(f"saved: {figures / name}", err=as_json)
 
 
 @cli.group()

@@ -21,7 +21,6 @@ from .steps import Step, build_step
 from .text import percent, text_table
 
 MIB = 2**20
-CURVE_POINTS = 200  # of a curve in JSON: the most bytes in each of so many equal parts of the step's events
 
 
 def with_method(recipe: Recipe, spec: str, checkpointing: bool = False) -> Recipe:
@@ -93,11 +92,7 @@ def memory_table(
     rows = []
     for spec in tqdm(specs, "memory", unit="method", delay=3):
         book = memory_of(with_method(recipe, spec, checkpointing), size, device, dry_run)
-        row = {"method": spec, **book.at_peak, "peak": book.peak, "share_of_full": None, "largest": book.largest}
-        row["by_module"] = dict(sorted(book.by_module.items(), key=lambda item: -item[1]))
-        parts = np.array_split(book.total, min(CURVE_POINTS, len(book.total)))
-        row["curve"] = [int(part.max()) for part in parts]
-        row["ends"] = {phase: round(end / len(book.total), 4) for phase, end in book.ends.items()}
+        row = {"method": spec, **book.as_row(), "share_of_full": None}
         if book.allocated is not None:
             row |= {"allocated_mib": round(book.allocated / MIB, 1), "reserved_mib": round(book.reserved / MIB, 1)}
         rows.append(row)

@@ -29,6 +29,7 @@ from .errors import InputError
 
 CATEGORIES = ("parameters", "gradients", "optimizer", "activations", "temporaries")
 PHASES = ("forward", "backward", "optimizer")
+CURVE_POINTS = 200  # of a curve as plain numbers: the most bytes in each of so many equal parts of the step's events
 WARMUP = 2  # steps on CUDA before the one that counts: libraries choose kernels and take workspaces in them
 
 
@@ -78,6 +79,19 @@ class Ledger:
     def largest(self) -> dict[str, int]:
         """The most bytes of each category, each at its own time."""
         return {name: int(values.max()) for name, values in self.curve.items()}
+
+    def as_row(self) -> dict:
+        """The books as plain numbers, bytes: categories at the peak, ``peak``, ``largest``, ``by_module`` in order of
+        size, ``curve``, and ``ends``: where in the curve the phases end, as fractions."""
+        parts = np.array_split(self.total, min(CURVE_POINTS, len(self.total)))
+        return {
+            **self.at_peak,
+            "peak": self.peak,
+            "largest": self.largest,
+            "by_module": dict(sorted(self.by_module.items(), key=lambda item: -item[1])),
+            "curve": [int(part.max()) for part in parts],
+            "ends": {phase: round(end / len(self.total), 4) for phase, end in self.ends.items()},
+        }
 
 
 class LiveBytes(TorchDispatchMode):

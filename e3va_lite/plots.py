@@ -1,16 +1,21 @@
-"""Figures that can be read without the text around them."""
+"""Figures that can be read without the text around them.
 
-from pathlib import Path
+Every function returns a ``matplotlib.figure.Figure``: a notebook shows it, ``figure.savefig`` writes it.
+"""
 
-import matplotlib.pyplot as plt
+from collections.abc import Iterator
+
 import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from .memory import CATEGORIES, PHASES
+from .memory import CATEGORIES, PHASES, Ledger
 from .methods import METHODS
 
 COLOURS = {"full": "#8c8c8c", "fixed": "#b7c9e2", "adapter": "#e0a458"}  # the last for all that train inside
 HIGHWAY = "#2a7f62"
 MIB = 2**20
+DPI = 150
 
 CATEGORY_COLOURS = dict(zip(CATEGORIES, ("#4c5b6b", "#c44e52", "#8172b3", "#e0a458", "#d9d9d9"), strict=True))
 MARKED = (*METHODS, "fixed, norms trained", "from scratch")  # in the figures of the experiment
@@ -41,13 +46,14 @@ def colour(method: str) -> str:
     return HIGHWAY if method.startswith("e3va") else COLOURS.get(method.split(":")[0], COLOURS["adapter"])
 
 
-def compare_figure(result: dict, path: Path) -> None:
+def compare_figure(result: dict) -> Figure:
     """The table of ``e3va compare`` as bars: one panel per column, each bar with its value and its share of full."""
     rows = result["rows"]
     names = [row["method"] for row in rows]
     colours = [colour(name) for name in names]
     sns.set_theme(style="white", font_scale=0.9)
-    figure, axes = plt.subplots(1, len(PANELS), figsize=(3.3 * len(PANELS), 0.55 * len(rows) + 1.7), sharey=True)
+    figure = Figure(figsize=(3.3 * len(PANELS), 0.55 * len(rows) + 1.7), dpi=DPI)
+    axes = figure.subplots(1, len(PANELS), sharey=True)
     for axis, (key, title, value, form, direction) in zip(axes, PANELS, strict=True):
         values = [value(row) for row in rows]
         axis.barh(names, values, color=colours)
@@ -69,24 +75,40 @@ def compare_figure(result: dict, path: Path) -> None:
         measured = f"(%) is the share of full fine-tuning. {measured}"
     figure.text(0.01, 0.01, measured, fontsize=8, color="0.4")
     figure.tight_layout(rect=(0, 0.04, 1, 1))
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    return figure
 
 
-def memory_figure(table: dict, path: Path) -> None:
+def memory_figure(table: dict) -> Figure:
     """What ``e3va memory`` prints: the categories at the peak, and the live bytes over the step."""
-    rows, settings = table["rows"], table["settings"]
+    settings = table["settings"]
+    height, width = settings["size"]
+    kept = ", gradient checkpointing" if settings["checkpointing"] else ""
+    title = f"{settings['task']}, {settings['backbone']}, {settings['batch_size']} x {height}x{width}"
+    return _memory(table["rows"], f"{title}, {settings['precision']}{kept}; {settings['measured']}")
+
+
+def ledgers_figure(books: dict[str, Ledger], title: str) -> Figure:
+    """The same for ledgers by name; shares are of the one called ``full``, where there is one."""
+    full = books.get("full")
+    share = {name: None if full is None else book.peak / full.peak for name, book in books.items()}
+    rows = [{"method": name, **book.as_row(), "share_of_full": share[name]} for name, book in books.items()]
+    return _memory(rows, title)
+
+
+def _memory(rows: list[dict], title: str) -> Figure:
     names = [row["method"] for row in rows]
     sns.set_theme(style="white", font_scale=0.9)
-    figure, (bars, curves) = plt.subplots(1, 2, figsize=(12, max(3.4, 0.45 * len(rows) + 1.8)), width_ratios=(1.15, 1))
+    figure = Figure(figsize=(12, max(3.4, 0.45 * len(rows) + 1.8)), dpi=DPI)
+    bars, curves = figure.subplots(1, 2, width_ratios=(1.15, 1))
     start = [0.0] * len(rows)
     for category in CATEGORIES:
         values = [row[category] / MIB for row in rows]
         bars.barh(names, values, left=start, color=CATEGORY_COLOURS[category], label=category)
         start = [a + b for a, b in zip(start, values, strict=True)]
+    digits = 0 if max(start) >= 10 else 2
     for y, row in enumerate(rows):
         share = "" if row["share_of_full"] is None else f" ({100 * row['share_of_full']:.0f} %)"
-        bars.text(start[y] + 0.01 * max(start), y, f"{start[y]:.0f}{share}", va="center", fontsize=9)
+        bars.text(start[y] + 0.01 * max(start), y, f"{start[y]:.{digits}f}{share}", va="center", fontsize=9)
     bars.set_xlim(0, 1.25 * max(start))
     bars.invert_yaxis()
     bars.set_title("At the peak, MiB (share of full)", loc="left", fontsize=10.5)
@@ -107,16 +129,12 @@ def memory_figure(table: dict, path: Path) -> None:
     curves.legend(loc="upper center", bbox_to_anchor=(0.5, -0.04), ncols=4, frameon=False, fontsize=8.5)
     sns.despine(ax=bars, bottom=True)
     sns.despine(ax=curves)
-    height, width = settings["size"]
-    kept = ", gradient checkpointing" if settings["checkpointing"] else ""
-    title = f"{settings['task']}, {settings['backbone']}, {settings['batch_size']} x {height}x{width}"
-    figure.suptitle(f"{title}, {settings['precision']}{kept}; {settings['measured']}", x=0.01, ha="left", fontsize=11)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    return figure
 
 
-def growth_figure(measured: dict, path: Path) -> None:
+def growth_figure(measured: dict) -> Figure:
     """Peak and time of a training step over depth, image size and batch.
 
     Args:
@@ -124,7 +142,8 @@ def growth_figure(measured: dict, path: Path) -> None:
     """
     sns.set_theme(style="white", font_scale=0.9)
     panels = (("peak", "peak, MiB", MIB), ("step", "seconds per step", 1))
-    figure, axes = plt.subplots(2, len(measured), figsize=(4.2 * len(measured), 6.4), squeeze=False)
+    figure = Figure(figsize=(4.2 * len(measured), 6.4), dpi=DPI)
+    axes = figure.subplots(2, len(measured), squeeze=False)
     for column, (label, table) in zip(axes.T, measured.items(), strict=True):
         names = list(dict.fromkeys(row["method"] for row in table["rows"]))
         for axis, (key, _, unit) in zip(column, panels, strict=True):
@@ -143,25 +162,27 @@ def growth_figure(measured: dict, path: Path) -> None:
     figure.legend(handles, labels, loc="upper center", ncols=len(labels), frameon=False)
     figure.text(0.01, 0.01, f"{table['device']}, {table['precision']}, {table['date']}.", fontsize=8, color="0.4")
     figure.tight_layout(rect=(0, 0.02, 1, 0.95))
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    return figure
 
 
-def trade_offs(studies: dict, metrics: dict[str, str], path: Path) -> None:
+def trade_offs(studies: dict, metrics: dict[str, str]) -> Figure | None:
     """Accuracy over memory, trained parameters and time: a row of panels per study, a point with its interval per way.
 
     Args:
         studies: Of :func:`e3va_lite.report.summarise`.
         metrics: The score's name per study.
-        path: Where to draw.
+
+    Returns:
+        None where nothing was run.
     """
     present = {study: arms for study, arms in studies.items() if any(arm in arms for arm in MARKED)}
     if not present:
-        return
+        return None
     axes_of = (("peak", MIB, "peak of a training step, MiB"), ("trainable", 1e3, "trained in the backbone, thousands"))
     axes_of += (("seconds_of_full", 1, "time of a training step, of full"),)
     sns.set_theme(style="white", font_scale=0.9)
-    figure, axes = plt.subplots(len(present), 3, figsize=(13, 3.6 * len(present)), squeeze=False, sharey="row")
+    figure = Figure(figsize=(13, 3.6 * len(present)), dpi=DPI)
+    axes = figure.subplots(len(present), 3, squeeze=False, sharey="row")
     for row, (study, arms) in zip(axes, present.items(), strict=True):
         for axis, (key, unit, label) in zip(row, axes_of, strict=True):
             names = [name for name in MARKED if name in arms and arms[name].get(key) is not None]
@@ -180,8 +201,7 @@ def trade_offs(studies: dict, metrics: dict[str, str], path: Path) -> None:
             sns.despine(ax=axis)
         row[0].set_ylabel(f"{study}: {metrics[study]}, %", fontsize=9)
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    return figure
 
 
 def _styles(names: list[str]) -> list[dict]:
@@ -201,25 +221,21 @@ def _stretched(place: float, bounds: list[float]) -> float:
     return phase + min((place - bounds[phase]) / max(bounds[phase + 1] - bounds[phase], 1e-9), 1)
 
 
-def table_figures(tables: dict, folder: Path) -> list[Path]:
-    """What ``e3va tables`` prints, as far as its tables are there: :data:`TABLE_FIGURES`; the paths written."""
-    folder.mkdir(parents=True, exist_ok=True)
+def table_figures(tables: dict) -> Iterator[tuple[str, Figure]]:
+    """What ``e3va tables`` prints, as far as its tables are there: names out of :data:`TABLE_FIGURES`, and figures."""
     sns.set_theme(style="white", font_scale=0.9)
-    written = []
     for name, draw in zip(TABLE_FIGURES, (_savings, _hours, _figure1), strict=True):
         if (figure := draw(tables)) is not None:
             figure.tight_layout()
-            figure.savefig(folder / name, dpi=150)
-            plt.close(figure)
-            written.append(folder / name)
-    return written
+            yield name, figure
 
 
-def _savings(tables: dict) -> plt.Figure | None:
+def _savings(tables: dict) -> Figure | None:
     panels = [(tables[t]["title"], tables[t]["rows"]) for t in ("table1", "table2") if t in tables]
     if not panels:
         return None
-    figure, axes = plt.subplots(1, len(panels), figsize=(5.6 * len(panels), 4.6), squeeze=False)
+    figure = Figure(figsize=(5.6 * len(panels), 4.6), dpi=DPI)
+    axes = figure.subplots(1, len(panels), squeeze=False)
     for axis, (title, rows) in zip(axes[0], panels, strict=True):
         rows = [row for row in rows if "saved" in row["cells"]]
         _beside(axis, [row["row"] for row in rows], [row["cells"]["saved"] for row in rows], "memory saved, % of full")
@@ -227,24 +243,26 @@ def _savings(tables: dict) -> plt.Figure | None:
     return figure
 
 
-def _hours(tables: dict) -> plt.Figure | None:
+def _hours(tables: dict) -> Figure | None:
     rows = tables.get("table3", {}).get("rows", [])
     tasks = [task for task in (rows[0]["cells"] if rows else ()) if rows[0]["cells"][task]["ours"] is not None]
     if not tasks:
         return None
-    figure, axes = plt.subplots(1, len(tasks), figsize=(4.6 * len(tasks), 4.8), squeeze=False)
+    figure = Figure(figsize=(4.6 * len(tasks), 4.8), dpi=DPI)
+    axes = figure.subplots(1, len(tasks), squeeze=False)
     for axis, task in zip(axes[0], tasks, strict=True):
         _beside(axis, [row["row"] for row in rows], [row["cells"][task] for row in rows], "time, % of full")
         axis.set_title(f"Table 3: {task}", loc="left", fontsize=10.5, pad=26)
     return figure
 
 
-def _figure1(tables: dict) -> plt.Figure | None:
+def _figure1(tables: dict) -> Figure | None:
     """The right half of the paper's Figure 1: memory and time of three ways of tuning, and the cards that do."""
     if any(table not in tables for table in ("table1", "table3", "table4")):
         return None
     methods = ("full", "adapter", "e3va")
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.4), width_ratios=(1, 1, 1.5))
+    figure = Figure(figsize=(13, 3.4), dpi=DPI)
+    axes = figure.subplots(1, 3, width_ratios=(1, 1, 1.5))
     for axis, table, column, label in (
         (axes[0], "table1", "memory", "MB, Swin-L on VOC"),
         (axes[1], "table3", "voc", "training time on VOC, % of full"),
@@ -266,7 +284,7 @@ def _figure1(tables: dict) -> plt.Figure | None:
     return figure
 
 
-def _beside(axis: plt.Axes, names: list[str], cells: list[dict], label: str) -> None:
+def _beside(axis: Axes, names: list[str], cells: list[dict], label: str) -> None:
     """Bars of ours, a mark at the printed value."""
     axis.barh(names, [cell["ours"] or 0 for cell in cells], color=[colour(name) for name in names], label="ours")
     axis.plot([cell["printed"] for cell in cells], names, "D", ms=5, color="0.1", label="printed")

@@ -368,5 +368,6 @@ def write(lines: list[dict], folder: Path) -> dict:
     summary = summarise(lines)
     (folder / "report.md").write_text(as_markdown(summary))
     (folder / "report.json").write_text(json.dumps(summary, indent=2) + "\n")
-    trade_offs(summary["studies"], METRICS, folder / "trade-offs.png")
+    if figure := trade_offs(summary["studies"], METRICS):
+        figure.savefig(folder / "trade-offs.png")
     return summary

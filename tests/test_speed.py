@@ -139,4 +139,4 @@ def test_growth(axis, results, request, monkeypatch):
         rows += [{axis: value, **{key: row[key] for key in keys}} for row in table["rows"]]
     results("growth", axis, {"rows": rows, "others": setting, **machine(recipe, CPU)})
     if folder := request.config.getoption("--results"):
-        growth_figure(json.loads(Path(folder, "growth.json").read_text()), Path(folder, "growth.png"))
+        growth_figure(json.loads(Path(folder, "growth.json").read_text())).savefig(Path(folder, "growth.png"))
