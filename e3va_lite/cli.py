@@ -194,11 +194,11 @@ def _cost_options(batch: bool) -> Callable:
 
 
 def _costed(recipe, backbone, size, precision, settings, batch_size=None) -> tuple:
-    """The recipe without pretrained weights, whose values cost nothing, and the size."""
+    """The recipe and the size."""
     from .steps import training_size
     from .swin import image_size
 
-    chosen = {"backbone": backbone, "precision": precision, "batch": batch_size, "pretrained": "false"}
+    chosen = {"backbone": backbone, "precision": precision, "batch": batch_size}
     loaded = _recipe(recipe, (*settings, *(f"{key}={value}" for key, value in chosen.items() if value is not None)))
     return loaded, image_size(size) if size else training_size(loaded)
 

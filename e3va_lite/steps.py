@@ -71,6 +71,8 @@ class Step:
 def build_step(recipe: Recipe, size: tuple[int, int], device: torch.device, dry_run: bool = False) -> Step:
     """A training step of the recipe's model on ``recipe.batch`` images of one size.
 
+    The backbone's weights are random: what a step costs does not depend on them.
+
     Args:
         recipe: Says everything but the images. Detectors do not resize them.
         size: Height and width in pixels.
@@ -82,6 +84,7 @@ def build_step(recipe: Recipe, size: tuple[int, int], device: torch.device, dry_
     """
     if min(size) < MIN_SIZE:
         raise InputError(f"size {size[0]}x{size[1]} is too small for Swin: take sides of {MIN_SIZE} pixels or more.")
+    recipe = replace(recipe, pretrained=False, weights=None)
     if recipe.task != "ade20k":
         recipe = replace(recipe, min_size=min(size), max_size=max(size))
     if recipe.task == "coco":

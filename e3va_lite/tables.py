@@ -189,7 +189,7 @@ def _dry_runs(
     calls = []
     for task, backbone, method, batch in jobs:
         literal = {"memory": "reference"} if method.startswith("e3va") else {}
-        recipe = load_recipe(task, {"backbone": backbone, "method": method, "options": literal, "pretrained": False})
+        recipe = load_recipe(task, {"backbone": backbone, "method": method, "options": literal})
         calls.append(partial(dry_peak, recipe, sizes[task], batch))
     found = in_parallel([*calls, *(partial(_trainable, *pair) for pair in counted)], "dry runs")
     peaks = {job: peak / MIB for job, peak in zip(jobs, found[: len(jobs)], strict=True)}
