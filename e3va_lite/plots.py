@@ -3,6 +3,7 @@
 Every function returns a ``matplotlib.figure.Figure``: a notebook shows it, ``figure.savefig`` writes it.
 """
 
+import re
 from collections.abc import Iterator
 
 import seaborn as sns
@@ -12,13 +13,15 @@ from matplotlib.figure import Figure
 from .memory import CATEGORIES, PHASES, Ledger
 from .methods import METHODS
 
-COLOURS = {"full": "#8c8c8c", "fixed": "#b7c9e2", "adapter": "#e0a458"}  # the last for all that train inside
+#: The last for all that train inside the backbone.
+COLOURS = {"full": "#8c8c8c", "from scratch": "#8c8c8c", "fixed": "#7f9fcb", "adapter": "#e0a458"}
 HIGHWAY = "#2a7f62"
 MIB = 2**20
 DPI = 150
 
 CATEGORY_COLOURS = dict(zip(CATEGORIES, ("#4c5b6b", "#c44e52", "#8172b3", "#e0a458", "#d9d9d9"), strict=True))
-MARKED = (*METHODS, "fixed, norms trained", "from scratch")  # in the figures of the experiment
+# What the figures of the experiment show, and its shape, which differs within a colour: colours stand for families.
+MARKED = dict(zip((*METHODS, "fixed, norms trained", "from scratch"), "osv<>DhpXo^sdX", strict=True))
 TABLE_FIGURES = ("savings.png", "hours.png", "figure1.png")
 
 PANELS = (
@@ -43,7 +46,7 @@ PANELS = (
 
 def colour(method: str) -> str:
     """The method's colour in all figures."""
-    return HIGHWAY if method.startswith("e3va") else COLOURS.get(method.split(":")[0], COLOURS["adapter"])
+    return HIGHWAY if method.startswith("e3va") else COLOURS.get(re.split("[:,]", method)[0], COLOURS["adapter"])
 
 
 def compare_figure(result: dict) -> Figure:
@@ -190,8 +193,8 @@ def trade_offs(studies: dict, metrics: dict[str, str]) -> Figure | None:
                 axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", color="0.5")
             for name in names:
                 x, y, half = arms[name][key] / unit, 100 * arms[name]["mean"], 100 * arms[name]["half"]
-                axis.errorbar(x, y, half, fmt="o", ms=5, color=colour(name), capsize=2, lw=1)
-                axis.annotate(name, (x, y), (4, 4), textcoords="offset points", fontsize=7.5, color=colour(name))
+                style = {"fmt": MARKED[name], "color": colour(name), "label": name}
+                axis.errorbar(x, y, half, ms=6, mec="white", mew=0.6, elinewidth=0.8, **style)
             if key == "trainable":
                 axis.set_xscale("symlog", linthresh=10)
                 axis.set_xlim(left=-2)  # room for those that train nothing
@@ -200,7 +203,13 @@ def trade_offs(studies: dict, metrics: dict[str, str]) -> Figure | None:
             axis.set_xlabel(label, fontsize=9)
             sns.despine(ax=axis)
         row[0].set_ylabel(f"{study}: {metrics[study]}, %", fontsize=9)
-    figure.tight_layout()
+    legend = {}
+    for axis in axes.flat:
+        legend |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    order = [name for name in MARKED if name in legend]
+    height = 0.55 / figure.get_figheight()
+    figure.legend([legend[name] for name in order], order, loc="lower center", ncols=7, frameon=False, fontsize=9)
+    figure.tight_layout(rect=(0, height, 1, 1))
     return figure
 
 
