@@ -24,8 +24,8 @@ def test_environment_yml_is_in_step_with_pyproject():
     assert PROJECT["requires-python"] == f">={python}"
 
 
-def test_the_test_extra_holds_what_segmentation_and_peft_hold():
-    assert "e3va_lite[segmentation,peft]" in PROJECT["optional-dependencies"]["test"]
+def test_the_test_extra_holds_what_the_tests_need_of_the_others():
+    assert "e3va_lite[segmentation,peft,course]" in PROJECT["optional-dependencies"]["test"]
 
 
 def test_the_readme_shows_both_commands_first():
