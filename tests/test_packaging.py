@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from e3va_lite.swin import MINIATURES, PRETRAINED, create_swin
+
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
@@ -40,10 +42,8 @@ def test_the_version_is_the_same_everywhere():
     assert e3va_lite.__version__ == PROJECT["version"] == importlib.metadata.version("e3va_lite")
 
 
-@pytest.mark.parametrize("name", ["swin_nano"])
+@pytest.mark.parametrize("name", MINIATURES)
 def test_the_shipped_weights_are_small_and_carry_their_card(name):
-    from e3va_lite.swin import PRETRAINED, create_swin
-
     card = json.loads((PRETRAINED / f"{name}.json").read_text())
     swin = create_swin(name, pretrained=True)
     assert card["parameters"] == sum(p.numel() for p in swin.parameters())
