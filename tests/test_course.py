@@ -1,7 +1,7 @@
 """The course's autograder, graded: right answers get all points, wrong ones lose what they should, and are told why.
 
 Most tests run a source notebook's code cells in this process, in order, with other answers in its solution cells; the
-last one hands notebooks to nbgrader itself.
+last ones hand notebooks to nbgrader itself.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import importlib
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 
 import nbformat
@@ -21,7 +22,8 @@ from e3va_lite import fit
 COURSE = Path(__file__).parent.parent / "notebooks" / "course"
 ASSIGNMENTS = sorted(path.name for path in (COURSE / "source").iterdir() if path.is_dir())
 ANSWERS = {name: importlib.import_module(f"course_answers.a{name}") for name in ASSIGNMENTS}
-STUB = "# YOUR CODE HERE\nraise NotImplementedError()"
+
+pytestmark = pytest.mark.filterwarnings("ignore:Object of type")  # nbgrader's use of sqlalchemy
 
 
 @functools.cache
@@ -165,3 +167,62 @@ def generated(assignment: str, folder: Path) -> dict:
     converter.preprocessors = [step for step in converter.preprocessors if step is not SaveCells]
     converter.start()
     return json.loads((folder / "release" / assignment / f"{assignment}.ipynb").read_text())
+
+
+@pytest.fixture(scope="module")
+def nbgrader(tmp_path_factory):
+    """nbgrader in a folder of its own, with the course's settings; its release has been generated."""
+    from nbgrader.apps import NbGraderAPI
+    from nbgrader.coursedir import CourseDirectory
+    from traitlets.config import PyFileConfigLoader
+
+    root = tmp_path_factory.mktemp("course")
+    shutil.copytree(COURSE / "source", root / "source")
+    config = PyFileConfigLoader("nbgrader_config.py", str(COURSE)).load_config()
+    config.CourseDirectory.root = str(root)
+    api = NbGraderAPI(CourseDirectory(config=config), config=config)
+    for assignment in ASSIGNMENTS:
+        result = api.generate_assignment(assignment)
+        assert result["success"], result["log"]
+    return api
+
+
+def handed_in(api, student: str, assignment: str, answers: dict[str, str]) -> tuple[dict[str, float], str]:
+    """A student fills in the release, nbgrader grades it: the points of every grade cell, and the graded notebook."""
+    root = Path(api.coursedir.root)
+    notebook = nbformat.read(root / "release" / assignment / f"{assignment}.ipynb", as_version=4)
+    for cell in notebook.cells:
+        cell.source = answers.get(cell.metadata.get("nbgrader", {}).get("grade_id"), cell.source)
+    folder = root / "submitted" / student / assignment
+    folder.mkdir(parents=True)
+    nbformat.write(notebook, folder / f"{assignment}.ipynb")
+    result = api.autograde(assignment, student)
+    assert result["success"], result["log"]
+    with api.gradebook as book:
+        submission = book.find_submission_notebook(assignment, assignment, student)
+        scores = {grade.name: grade.auto_score for grade in submission.grades}
+    return scores, (root / "autograded" / student / assignment / f"{assignment}.ipynb").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("assignment", ASSIGNMENTS)
+def test_nbgrader_gives_the_reference_solution_full_marks(nbgrader, assignment):
+    reference = {about(cell)["grade_id"]: cell.source for cell in cells(assignment) if about(cell)["solution"]}
+    scores, _ = handed_in(nbgrader, "right", assignment, reference)
+    assert scores == points(assignment)
+
+
+@pytest.mark.slow
+def test_nbgrader_takes_the_points_of_wrong_answers_and_says_why(nbgrader):
+    """One mistake in three of the tasks, and one task left out."""
+    planted = {wrong.mistake: wrong for wrong in ANSWERS["1_adapter"].WRONG}
+    mistakes = [planted[name] for name in ("missing skip", "W formed", "both factors zero")]
+    answers = {about(cell)["grade_id"]: cell.source for cell in cells("1_adapter") if about(cell)["solution"]}
+    answers |= {wrong.cell: wrong.code for wrong in mistakes}
+    del answers["projection_parameters"]
+    scores, graded = handed_in(nbgrader, "wrong", "1_adapter", answers)
+    expected = points("1_adapter") | {"count_projection": 0}
+    for cell, (number, fragment) in (item for wrong in mistakes for item in wrong.loses.items()):
+        expected[cell] -= number
+        assert fragment in graded
+    assert scores == expected
