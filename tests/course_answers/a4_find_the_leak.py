@@ -338,13 +338,13 @@ class RepairedA(SuspectA):
         e = stage.downsample(e)
         return (e.detach() if number == 3 else stage.downsample(l)), e
 """,
-        {"repair_A": (2, "the stream still goes on from e")},
+        {"repair_A": (2, "to cut a gradient hides a wrong input")},
     ),
     Wrong(
         "no_grad hides the leak at the boundary",
         "repaired_A",
         "class RepairedA(SuspectA):\n    block = SuspectE.block\n",
-        {"repair_A": (2, "the stream still goes on from e")},
+        {"repair_A": (2, "to cut a gradient hides a wrong input")},
     ),
     Wrong(
         "detach in the wrong place",
@@ -383,7 +383,7 @@ class RepairedC(SuspectC):
             f_p2(block, e.detach() + f_p1(block, l))
         )
 """,
-        {"repair_C": (2, "reading a detached e is still reading e")},
+        {"repair_C": (2, "to cut a gradient hides a wrong input")},
     ),
     Wrong(
         "everything under no_grad",
@@ -418,7 +418,7 @@ class RepairedD(SuspectD):
         l, change = super().block(block, l, torch.zeros_like(e), a1, a2)
         return l, change
 """,
-        {"repair_D": (2, "the new e is the old e with what")},
+        {"repair_D": (2, "the right side of (8) has three terms")},
     ),
     Wrong(
         "norms frozen, reductions not",
@@ -444,6 +444,6 @@ class RepairedE(SuspectE):
             l = stage.downsample(l)
         return l, l
 """,
-        {"repair_E": (2, "the highway still passes the backbone's reductions")},
+        {"repair_E": (2, "both streams pass the reductions")},
     ),
 ]
