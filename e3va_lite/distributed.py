@@ -9,6 +9,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from tqdm import tqdm
 
 from .errors import InputError
 
@@ -75,3 +76,8 @@ def gather(records: list) -> list | None:
     every = [None] * world() if rank() == 0 else None
     dist.gather_object(records, every)  # between our own processes, so its pickling is no door
     return None if every is None else [record for part in every for record in part]
+
+
+def progress(*args, **options) -> tqdm:
+    """A bar of tqdm, shown by the first process; that one may be silenced by TQDM_DISABLE."""
+    return tqdm(*args, **options, **({"disable": True} if rank() > 0 else {}))

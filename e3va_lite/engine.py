@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from .batches import Batch, Stream, loader, on, to_device
-from .distributed import gather, rank, world
+from .distributed import gather, progress, rank, world
 from .errors import InputError
 from .methods import build_backbone
 from .recipe import Recipe
@@ -181,10 +180,7 @@ def fit(
         begin(training)
     losses: list[float] = []
     batches = training.batches()
-    bar = tqdm(
-        total=training.total, initial=training.step, desc=f"train {recipe.method}", unit="step", disable=rank() > 0
-    )
-    with bar:
+    with progress(total=training.total, initial=training.step, desc=f"train {recipe.method}", unit="step") as bar:
         while training.step < training.total:
             step = list(islice(batches, recipe.accumulate))
             parts = training.backward(step)
@@ -207,7 +203,7 @@ def evaluate(model: nn.Module, dataset: Dataset, recipe: Recipe, device: torch.d
     chunks = [[(0, i) for i in mine[k : k + recipe.batch]] for k in range(0, len(mine), recipe.batch)]
     batches = loader(dataset, chunks, recipe.seed, recipe.workers)
     records = []
-    for images, targets in tqdm(batches, f"eval {recipe.method}", len(chunks), unit="batch", disable=rank() > 0):
+    for images, targets in progress(batches, f"eval {recipe.method}", len(chunks), unit="batch"):
         with autocast(recipe, device):
             predictions = model([image.to(device) for image in images])
         records += [task.record(on(p, "cpu"), target) for p, target in zip(predictions, targets, strict=True)]

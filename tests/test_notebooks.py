@@ -1,0 +1,204 @@
+"""The walkthrough: committed outputs are those of a clean run, every notebook runs, and a browser can run one."""
+
+import contextlib
+import copy
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import nbformat
+import pytest
+
+NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+WALKTHROUGH = sorted(NOTEBOOKS.glob("0*.ipynb"))
+MAX_OUTPUT, MAX_ALL = 200_000, 8_000_000  # bytes
+MAX_SECONDS = 180  # each; together 12 minutes
+COLAB = "google.colab"
+IN_BROWSER = NOTEBOOKS / "05_low_rank.ipynb"  # figures, a slider, and soon over
+ON_A_MACHINE = re.compile(r"/home/|/root/|/tmp/|/usr/|/opt/|/Users/|[A-Z]:\\\\|site-packages|object at 0x")
+
+each = pytest.mark.parametrize("path", WALKTHROUGH, ids=lambda path: path.stem)
+
+
+def read(path):
+    return nbformat.read(path, as_version=4)
+
+
+def code(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def text(notebook):
+    return "\n".join(cell.source for cell in notebook.cells)
+
+
+def prose(notebook):
+    return "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+
+
+def test_there_are_nine_in_order():
+    assert [path.name[:2] for path in WALKTHROUGH] == [f"{number:02}" for number in range(1, 10)]
+
+
+@each
+def test_outputs_are_those_of_a_run_from_top_to_bottom(path):
+    notebook = read(path)
+    nbformat.validate(notebook)
+    assert notebook.metadata.kernelspec.name == "python3"
+    assert [cell.execution_count for cell in code(notebook)] == list(range(1, len(code(notebook)) + 1))
+    for cell in code(notebook):
+        for output in cell.outputs:
+            assert output.output_type != "error" and output.get("name") != "stderr", cell.source
+            assert len(json.dumps(output)) <= MAX_OUTPUT, cell.source
+    assert not ON_A_MACHINE.search(json.dumps(notebook))
+
+
+def test_all_together_are_small():
+    assert sum(path.stat().st_size for path in NOTEBOOKS.rglob("*.ipynb")) <= MAX_ALL
+
+
+@each
+def test_a_notebook_opens_and_closes_like_the_others(path):
+    notebook = read(path)
+    assert "After this notebook you can\n" in notebook.cells[0].source
+    first, second = code(notebook)[:2]
+    assert COLAB in first.source and not first.outputs  # does nothing but on Colab
+    assert "e3va_lite.__version__" in second.source
+    last = notebook.cells[-1].source
+    assert "## What was shown" in last and re.findall(r"^(\d)\. ", last.split("## Questions")[1], re.M) == [
+        "1",
+        "2",
+        "3",
+    ]
+
+
+@each
+def test_links_lead_somewhere(path):
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", prose(read(path)))
+    assert not [target for target in targets if not (path.parent / target).exists()]
+
+
+def test_every_equation_figure_and_table_of_the_paper_has_its_cell():
+    everything = "\n".join(text(read(path)) for path in WALKTHROUGH)
+    assert {int(number) for number in re.findall(r"\\tag\{(\d+)\}", everything)} == set(range(1, 13))
+    for number in range(1, 6):
+        assert f"diagrams.figure{number}(" in everything
+    for number in range(1, 7):
+        assert re.search(rf"Tables? ([1-6] and )?{number}\b", everything)
+
+
+def shape(notebook):
+    """What the cells gave, without numbers: their kinds, and the words of texts."""
+    found = []
+    for cell in code(notebook):
+        kinds = []
+        for output in cell.outputs:
+            if output.output_type == "stream":
+                words = re.sub(r"[\d.,+%e-]*\d[\d.,+%e-]*|\s+|nan", " ", output.text).split()
+                kinds += [word for word in words if word.isalpha()]
+            else:
+                kinds.append(sorted(output.data))
+        found.append(kinds)
+    return found
+
+
+@pytest.mark.slow
+@each
+def test_a_notebook_runs(path):
+    """From top to bottom, in time, and with the outputs that are committed, as far as machines agree."""
+    nbclient = pytest.importorskip("nbclient")
+    committed = read(path)
+    notebook = copy.deepcopy(committed)
+    for cell in code(notebook):
+        cell.outputs, cell.execution_count = [], None
+    start = time.monotonic()
+    nbclient.NotebookClient(
+        notebook, timeout=MAX_SECONDS, kernel_name="python3", resources={"metadata": {"path": str(NOTEBOOKS)}}
+    ).execute(env={**os.environ, "TQDM_DISABLE": "1"})
+    assert time.monotonic() - start < MAX_SECONDS
+    assert shape(notebook) == shape(committed)
+
+
+@pytest.fixture
+def lab(tmp_path):
+    """JupyterLab on a folder with one notebook without outputs; its address."""
+    if shutil.which("jupyter-lab") is None:
+        pytest.skip('no JupyterLab: pip install -e ".[notebooks]"')
+    settings = tmp_path / "settings" / "@jupyterlab" / "notebook-extension" / "tracker.jupyterlab-settings"
+    settings.parent.mkdir(parents=True)
+    settings.write_text('{"windowingMode": "none"}')  # all cells are in the page, not only those on the screen
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = [
+        "--allow-root",
+        "--no-browser",
+        f"--port={port}",
+        "--IdentityProvider.token=",
+        f"--ServerApp.root_dir={tmp_path}",
+    ]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "jupyter", "lab", *options],
+        env={**os.environ, "JUPYTERLAB_SETTINGS_DIR": str(tmp_path / "settings")},
+        stderr=subprocess.DEVNULL,
+    )
+    address = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/api"):
+                break
+            time.sleep(0.5)
+        yield address
+    finally:
+        server.terminate()
+        server.wait()
+
+
+@pytest.fixture
+def page():
+    """A page of a browser without a screen: Playwright's own, or one that the system has."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="no Playwright: pip install playwright")
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    with playwright.sync_playwright() as p:
+        if found is None and not Path(p.chromium.executable_path).exists():
+            pytest.skip("no browser: playwright install chromium, or apt-get install chromium")
+        options = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        browser = p.chromium.launch(executable_path=found, args=options)
+        yield browser.new_page(viewport={"width": 1400, "height": 1000})
+        browser.close()
+
+
+@pytest.mark.slow
+def test_run_all_in_a_browser(page, lab, tmp_path):
+    """In a real JupyterLab: no error, and figures and sliders are on the page."""
+    notebook = read(IN_BROWSER)
+    for cell in code(notebook):
+        cell.outputs, cell.execution_count = [], None
+    nbformat.write(notebook, tmp_path / IN_BROWSER.name)
+    cells = len(code(notebook))
+    page.goto(f"{lab}/lab/tree/{IN_BROWSER.name}?reset")
+    page.get_by_text(re.compile(r"\| Idle$")).wait_for(timeout=60_000)  # the kernel, in the status bar
+    page.locator(".jp-CodeCell").nth(cells - 1).wait_for(state="attached")
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_text(re.compile("^Run All( Cells)?$")).click()
+    done = f"""() => {{
+        const prompts = [...document.querySelectorAll(".jp-CodeCell .jp-InputPrompt")].map(x => x.textContent);
+        return prompts.length === {cells} && prompts.every((text, i) => text === `[${{i + 1}}]:`);
+    }}"""
+    page.wait_for_function(done, timeout=1000 * MAX_SECONDS)
+    page.wait_for_selector(".widget-slider", timeout=10_000)
+    if picture := os.environ.get("SCREENSHOT"):
+        page.locator(".widget-slider").first.scroll_into_view_if_needed()
+        page.screenshot(path=picture)
+    errors = page.locator('[data-mime-type="application/vnd.jupyter.error"], [data-mime-type*="stderr"]')
+    assert errors.count() == 0
+    figures = sum("image/png" in output.get("data", {}) for cell in code(read(IN_BROWSER)) for output in cell.outputs)
+    assert page.locator(".jp-OutputArea-output img").count() >= figures > 0
