@@ -220,7 +220,7 @@ def as_markdown(summary: dict) -> str:
     studies = summary["studies"]
     parts = ["# The paper in miniature", _setting(summary)]
     table1 = {study: PLACES[study] for study in ("detection", "segmentation", "few images")}
-    parts += ["## Premises: pretraining matters here, and so does tuning", _claim_table(summary["premises"])]
+    parts += ["## Premises: pretraining matters here, and so does tuning", claim_table(summary["premises"])]
     parts += ["## Table 1: detection and segmentation", _methods(studies, table1)]
     parts += ["## Table 2: instances", _methods(studies, {"instances": PLACES["instances"]})]
     if studies.get("quick"):
@@ -232,7 +232,7 @@ def as_markdown(summary: dict) -> str:
     names = [name for arm in PAPERS_WIDTHS for name in (arm.split(",")[0], arm)]
     parts += ["## The baselines' widths, ours and the paper's: detection", _variants(detection, names)]
     parts += ["## A larger backbone in the memory of a smaller one", _larger(studies)]
-    parts += ["## Claims", _claim_table(summary["claims"])]
+    parts += ["## Claims", claim_table(summary["claims"])]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -338,7 +338,8 @@ def _larger(studies: dict) -> str:
     return _table(["", "study", "trained", "score", "peak, MiB"], rows) if rows else "Not run yet."
 
 
-def _claim_table(claims: list[dict]) -> str:
+def claim_table(claims: list[dict]) -> str:
+    """Claims or premises of a summary as a Markdown table: the paper's numbers, ours, and the verdicts."""
     if not claims:
         return "Nothing to judge yet."
     rows = []
