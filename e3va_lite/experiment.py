@@ -68,6 +68,7 @@ STUDIES = {
     "few images": Study("mini-detection", images=60),
     "segmentation": Study("mini-segmentation"),
     "instances": Study("mini-instances"),
+    "longer": Study("mini-detection", steps=1000),  # added when 250 steps had shown low ranks near a frozen backbone
     "quick": Study("mini-detection", steps=60),  # to see it work
 }
 
@@ -124,8 +125,9 @@ PARTS: dict[str, list[tuple[str, str]]] = {
     "instances": [("instances", arm) for arm in (*CORE, "e3va++", *CONTROLS)],
     "methods": [(study, arm) for study in ("detection", "segmentation") for arm in REST],
     "few-methods": [("few images", arm) for arm in REST if arm not in CONTROLS],
-    "ablations": [("detection", arm) for arm in (*ABLATIONS, *PAPERS_WIDTHS)],
     "larger": [(study, arm) for study in ("detection", "instances") for arm in LARGER],
+    "widths": [("detection", arm) for arm in PAPERS_WIDTHS],
+    "ablations": [("longer", arm) for arm in (*CORE, "fixed, norms trained", "e3va+", "e3va++", *ABLATIONS)],
 }
 QUICK = [("quick", arm) for arm in CORE]
 

@@ -126,13 +126,12 @@ def test_heads_learn_at_one_rate_in_all_arms_of_a_study():
     assert rates("fixed", 3e-5) == (3e-5, 3e-5)  # what it chooses is the rate of the heads
 
 
-def test_the_rate_of_heads_is_the_one_that_the_frozen_backbone_chose():
-    """By the committed runs, as far as they are there."""
+@pytest.mark.parametrize("study", ["detection", "segmentation"])
+def test_the_rate_of_heads_is_one_that_the_frozen_backbone_chooses(study):
+    """By the committed runs, no other rate is better by half a point on the scenes to choose on."""
     lines = read_lines(Path(__file__).parents[1] / "data" / "results" / "reproduce.jsonl")
-    tried = {
-        x["lr"]: x["score"] for x in lines if (x["study"], x["arm"], x["purpose"]) == ("detection", "fixed", "choose")
-    }
-    assert len(tried) >= 3 and chosen_rate(tried) == load_recipe("mini-detection").head_lr
+    tried = {x["lr"]: x["score"] for x in lines if (x["study"], x["arm"], x["purpose"]) == (study, "fixed", "choose")}
+    assert len(tried) >= 3 and tried[load_recipe(STUDIES[study].recipe).head_lr] > max(tried.values()) - 0.005
 
 
 @pytest.fixture
@@ -252,7 +251,8 @@ def test_verdicts():
             ("detection", "fixed"): FIXED,
             ("detection", "adapter"): [0.302, 0.311, 0.293, 0.306],
             ("detection", "full"): [0.4, 0.41, 0.42, 0.39],
-            ("detection", "stacked"): [0.1, 0.5, 0.2, 0.4],
+            ("longer", "e3va"): [0.30, 0.31, 0.29, 0.305],
+            ("longer", "stacked"): [0.1, 0.5, 0.2, 0.4],
         }
     )
     assert found == {
@@ -278,7 +278,8 @@ def test_many_claims_ask_for_more():
     pair = {("detection", "e3va"): [0.30, 0.32, 0.29, 0.31], ("detection", "fixed"): [0.28, 0.29, 0.28, 0.28]}
     assert list(verdicts(pair).values()) == ["holds"]
     noise = [0.1, 0.5, 0.2, 0.4]
-    others = {("detection", arm): noise for arm in ("stacked", "chained", "e + l", "random start", "fixed norms")}
+    others = {("longer", arm): noise for arm in ("stacked", "chained", "e + l", "random start", "fixed norms")}
+    others[("longer", "e3va")] = [0.3, 0.4, 0.1, 0.3]
     assert verdicts(pair | others)["E3VA is better than a frozen backbone"] == "undecided"
 
 
@@ -310,11 +311,11 @@ def test_the_papers_numbers_beside_the_claims():
     papers = {(claim.text, claim.study): claim.printed() for claim in report.CLAIMS}
     assert papers["E3VA is better than a frozen backbone", "detection"] == "Table 1: 86.5 against 83.6"
     assert papers["E3VA is near adapters inside the backbone", "segmentation"] == "Table 1: 49.64 against 50.78"
-    assert papers["Parallel adapters are better than chained ones", "detection"] == "Table 5: 86.5 against 85.9"
+    assert papers["Parallel adapters are better than chained ones", "longer"] == "Table 5: 86.5 against 85.9"
     larger = "The larger backbone under E3VA is better than the smaller one fully tuned"
     assert papers[larger, "instances"] == "Table 2: 52.2 against 51.9"
     assert papers[larger, "detection"] == "our question"
-    assert papers["Trained norms before the neck are better than fixed ones", "detection"] == "Table 6: not legible"
+    assert papers["Trained norms before the neck are better than fixed ones", "longer"] == "Table 6: not legible"
 
 
 @pytest.mark.parametrize(
