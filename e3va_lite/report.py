@@ -360,7 +360,7 @@ def claim_table(claims: list[dict]) -> str:
                 claim["paper"],
                 f"{100 * claim['difference']:+.1f} ({low:+.1f} to {high:+.1f}), {claim['seeds']} seeds",
                 f"{100 * claim['detectable']:.1f}",
-                f"{claim['p']:.3f}",
+                "< .001" if claim["p"] < 0.001 else f"{claim['p']:.3f}",
                 f"**{claim['verdict']}**",
             ]
         )
