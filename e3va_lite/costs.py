@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from .engine import machine
 from .memory import CATEGORIES, PHASES, Ledger
-from .methods import METHODS, parse_method
+from .methods import METHODS, options_of, parse_method
 from .recipe import Recipe
 from .steps import Step, build_step
 from .text import percent, text_table
@@ -30,7 +30,7 @@ def with_method(recipe: Recipe, spec: str, checkpointing: bool = False) -> Recip
         checkpointing: Gradient checkpointing where the method has it: where its gradient runs through the backbone.
     """
     method, options = parse_method(spec)
-    if checkpointing and method != "fixed" and not method.startswith("e3va"):
+    if checkpointing and "checkpointing" in options_of(method):
         options = {**options, "checkpointing": True}
     return replace(recipe, method=method, options=options)
 

@@ -20,8 +20,9 @@ from .highway import E3VA, STRUCTURES
 from .methods import METHODS, beside_block
 from .paths import Block, Trace, trace
 from .plots import COLOURS, HIGHWAY
-from .swin import NANO, stage_dims
+from .swin import NANO
 from .tables import trainable_parameters
+from .trunk import stage_dims
 
 EMBED = 3.0  # where the patch embedding stands, and the highway begins
 
@@ -107,7 +108,7 @@ def _blocks(title: str, backbones: dict[str, nn.Module], images: Tensor, stage: 
 
 def _parts_of(found: Trace, block: Block) -> tuple[dict[str, bool], dict[str, bool]]:
     """What the gradient reaches, and where it ends, in one block: by the names of its parts."""
-    prefix = f"swin.layers.{block.stage - 1}.blocks.{block.block - 1}."
+    prefix = f"trunk.layers.{block.stage - 1}.blocks.{block.block - 1}."
     names = {part: prefix + part for part in ("norm1", "attn", "norm2", "mlp")}
     names |= {f"a{number}": name for number, name in enumerate(block.adapters, start=1)}
     reached = {part: _passed(found, name) for part, name in names.items()}
@@ -249,9 +250,9 @@ def figure2(backbone: E3VA, images: Tensor) -> Figure:
 def _network_of(found: Trace, backbone: nn.Module) -> tuple[dict[str, bool], dict[str, bool]]:
     """As :func:`_parts_of`, for the parts of the whole network."""
     own = backbone.reductions if isinstance(backbone, E3VA) else None
-    names = {"embed": ["swin.patch_embed"]}
+    names = {"embed": ["trunk.patch_embed"]}
     for number in range(1, backbone.last_stage + 1):
-        layer = f"swin.layers.{number - 1}"
+        layer = f"trunk.layers.{number - 1}"
         blocks = {index: block for index, block in enumerate(found.blocks) if block.stage == number}
         names[f"s{number}"] = [f"{layer}.blocks.{block.block - 1}" for block in blocks.values()]
         names[f"a{number}"] = [name for block in blocks.values() for name in block.adapters]
@@ -301,7 +302,7 @@ def _after(picture: Picture, source: str, name: str, x: float, y: float) -> str:
 
 def _stage(picture: Picture, backbone: nn.Module, number: int, x: float, road: float, stream: str, way: str) -> tuple:
     """A stage as one box, with what a method has added to its blocks; on a highway, where that meets it."""
-    name, extra, blocks = f"s{number}", f"a{number}", len(backbone.swin.layers[number - 1].blocks)
+    name, extra, blocks = f"s{number}", f"a{number}", len(backbone.trunk.layers[number - 1].blocks)
     text = "LoRA" if hasattr(backbone, "updates") else f"{2 * blocks} adapters"
     picture.box(name, x + 1, 0, f"stage {number}\n{blocks} blocks", 2.0, 0.95)
     picture.line(stream, name)
@@ -338,7 +339,7 @@ def _stage_in_detail(
         picture.line(adapter, join)
         picture.line(way, join, *([(EMBED, road)] if way == "embed" else []))
         stream, way = total, join
-    blocks, channels = len(backbone.adapters[number - 1]), stage_dims(backbone.swin)[number - 1]
+    blocks, channels = len(backbone.adapters[number - 1]), stage_dims(backbone.trunk)[number - 1]
     picture.text(x + 2.8, -1.15, f"stage {number}: {blocks} such blocks, {channels} channels")
     return stream, way
 

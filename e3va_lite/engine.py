@@ -3,6 +3,7 @@
 import contextlib
 import math
 import platform
+import re
 import time
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -19,6 +20,7 @@ from .errors import InputError
 from .methods import build_backbone
 from .recipe import Recipe
 from .tasks import task_module
+from .trunk import is_neck
 
 
 def build_model(recipe: Recipe, num_classes: int) -> nn.Module:
@@ -36,8 +38,12 @@ def build_model(recipe: Recipe, num_classes: int) -> nn.Module:
     return task_module(recipe.task).model(recipe, backbone, num_classes)
 
 
+#: Swin's and Swin V2's tables, and what plain ViTs add to or put before their patches.
+PLACES = re.compile(r"relative_position_bias_table|cpb_mlp|logit_scale|pos_embed|cls_token|reg_token")
+
+
 def build_optimizer(model: nn.Module, recipe: Recipe, foreach: bool | None = None) -> torch.optim.Optimizer:
-    """AdamW on what is trainable; no decay on layer norms and relative-position tables, as is usual for Swin.
+    """AdamW on what is trainable; no decay on layer norms and on what says where a token is, as is usual.
 
     What is not in the backbone (neck and heads) learns at the recipe's ``head_lr``, where it has one.
     ``foreach`` is torch's: all parameters at once; without, so on CUDA and one by one on a CPU.
@@ -46,8 +52,8 @@ def build_optimizer(model: nn.Module, recipe: Recipe, foreach: bool | None = Non
     groups: dict[tuple[float, float], list[Tensor]] = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            decays = id(p) not in norms and "relative_position_bias_table" not in name
-            head = recipe.head_lr is not None and not name.startswith("backbone.body.")
+            decays = id(p) not in norms and not PLACES.search(name)
+            head = recipe.head_lr is not None and (is_neck(name) or not name.startswith("backbone.body."))
             kind = recipe.head_lr if head else recipe.lr, recipe.weight_decay if decays else 0.0
             groups.setdefault(kind, []).append(p)
     return torch.optim.AdamW(

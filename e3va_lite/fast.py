@@ -22,13 +22,15 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from . import stream
 from .eightbit import pack, unpack
-from .swin import embed, merge
+from .swin import merge
+from .trunk import embed, to_nchw
 
 Gradients = dict[nn.Parameter, Tensor]
 Parts = tuple[Tensor, ...]
@@ -78,12 +80,15 @@ class Kept(NamedTuple):
 
 def run(highway: nn.Module, images: Tensor) -> list[Tensor]:
     """The maps for the neck of a parallel :class:`e3va_lite.highway.E3VA`, in one of its ways with memory."""
-    own = [highway.adapters, highway.norms, *([] if highway.reductions is None else [highway.reductions])]
+    norms = [norm for i in range(highway.last_stage) if (norm := highway.norm(i)) is not None]
+    own = [highway.adapters, *norms, *([] if highway.reductions is None else [highway.reductions])]
     trained = [p for module in own for p in _trained(module)]  # and nothing of the backbone
     if trained and torch.is_grad_enabled():
-        return list(_Highway.apply(highway, images, *trained))
-    with torch.no_grad():
-        return _forward(highway, images)[0]
+        maps = list(_Highway.apply(highway, images, *trained))
+    else:
+        with torch.no_grad():
+            maps = _forward(highway, images)[0]
+    return highway.norms.finish(maps, images)
 
 
 class _Highway(torch.autograd.Function):
@@ -116,8 +121,8 @@ def _forward(
     """
     stages = stages or highway.last_stage
     maps, kept = [], Kept(images, [], [], [])
-    e = l = embed(highway.swin, images)  # noqa: E741  (B, H, W, C), the paper's letter
-    for index, (stage, pairs) in enumerate(zip(highway.swin.layers[:stages], highway.adapters, strict=False)):
+    e = l = embed(highway.trunk, images)  # noqa: E741  (B, H, W, C), the paper's letter
+    for index, (stage, pairs) in enumerate(zip(highway.trunk.layers[:stages], highway.adapters, strict=False)):
         e, l = highway.reduction(index)(e), stage.downsample(l)  # noqa: E741
         e = e - l  # what the highway changed so far
         adapters = [list(pair) for pair in pairs]
@@ -133,7 +138,7 @@ def _forward(
         e += l
         mapped = e if highway.fpn_input == "e" else e + l
         if (norm := highway.norm(index)) is not None:
-            maps.append(norm(mapped).permute(0, 3, 1, 2).contiguous())
+            maps.append(to_nchw(norm(mapped)))
         if way is not None:
             again = not way.taps and norm is None and index + 1 < stages  # the neck does not want it
             kept.taps.append(pieces)
@@ -187,8 +192,8 @@ def _shared_gradients(
 
 def _taps_again(highway: nn.Module, way: Way, kept: Kept, dtype: torch.dtype) -> Iterator[stream.Taps]:
     """Per stage, its taps once more: from the stream, or as they were kept."""
-    l = None if way.taps else embed(highway.swin, kept.images)  # noqa: E741
-    for stage, pieces in zip(highway.swin.layers, kept.taps, strict=False):
+    l = None if way.taps else embed(highway.trunk, kept.images)  # noqa: E741
+    for stage, pieces in zip(highway.trunk.layers, kept.taps, strict=False):
         if way.taps:
             yield _as_kept(len(stage.blocks), pieces, way, dtype)
         else:
@@ -208,7 +213,8 @@ def _as_kept(blocks: int, pieces: list[tuple[Parts, Parts]], way: Way, dtype: to
 
 def _through_reduction(reduction: nn.Module, e: Tensor, of_y: Tensor, found: Gradients) -> Sequence[Tensor]:
     """As :func:`_through`. What a frozen linear layer said need not be computed again for its input's gradient."""
-    if trained := _trained(reduction):
+    trained = _trained(reduction)
+    if trained or not isinstance(reduction, PatchMerging):
         return _through(reduction, e, of_y, trained, found)
     return _through(lambda e: reduction.norm(merge(e)), e, of_y @ reduction.reduction.weight, [], found)
 

@@ -47,7 +47,7 @@ def assert_isolated(
             that a gradient may pass although their parameters get none (the highway's inherited reductions).
         *inputs: What ``model`` is called with.
         backbone: The part that has to stay untouched: a module of ``model`` or its name in it; the module called
-            ``swin``, as every backbone of this package has one, if not given.
+            ``trunk``, as every backbone of this package has one, if not given.
         loss: Turns the model's output into a scalar. If not given, a random linear functional of all float tensors in
             the output. (The mean square of LayerNormed maps, the obvious choice, is constant: its gradient is zero and
             would prove anything.)
@@ -263,10 +263,10 @@ def next_nodes(node: object) -> list[object]:
 
 
 def find_backbone(model: nn.Module, backbone: nn.Module | str | None) -> nn.Module:
-    """The frozen part: as given, by its name in the model, or the module called ``swin``; InputError without one."""
+    """The frozen part: as given, by its name in the model, or the module called ``trunk``; InputError without one."""
     modules = dict(model.named_modules())
     if backbone is None:
-        found = [module for name, module in modules.items() if name.split(".")[-1] == "swin"]
+        found = [module for name, module in modules.items() if name.split(".")[-1] == "trunk"]
         if not found:
             raise InputError("name the frozen part: backbone=<a module of the model, or its name in it>.")
         backbone = found[0]

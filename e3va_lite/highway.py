@@ -12,13 +12,12 @@ way to each of them has length one. Nothing that is computed on the stream ``l``
 import copy
 
 import torch
-from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
 from . import fast
 from .adapters import LowRankAdapter, StandardAdapter
 from .errors import InputError, unknown
-from .swin import FPNNorms, embed, f_p1, f_p2, freeze, stage_dims
+from .trunk import embed, f_p1, f_p2, fpn_norms, freeze
 
 # Figure 3 and the words around it. Each takes e, the taps f1 and f2 and the block's two adapters.
 STRUCTURES = {
@@ -34,10 +33,10 @@ MEMORY = (*fast.WAYS, "reference")
 
 
 class E3VA(nn.Module):
-    """A frozen Swin and the highway beside it; maps of the highway go to the neck.
+    """A frozen backbone and the highway beside it; maps of the highway go to the neck.
 
     Args:
-        swin: The pretrained part; it is frozen here.
+        trunk: The pretrained part; it is frozen here.
         stages: The stages (from 1) whose maps the task consumes; norms exist for these only.
         structure: How the two adapters of a block meet (Fig. 3), a key of ``STRUCTURES``.
         adapter: ``low_rank`` or ``standard`` (Fig. 4).
@@ -56,13 +55,14 @@ class E3VA(nn.Module):
     Attributes:
         out_channels: Channels of each map.
         strides: Pixels per step of each map.
+        divisor: See :class:`e3va_lite.trunk.FPNNorms`.
         passed_by_design: The backbone's modules that the highway runs through although they belong to the stream:
             the inherited reductions. Gradients pass them; their parameters get none.
     """
 
     def __init__(
         self,
-        swin: SwinTransformer,
+        trunk: nn.Module,
         stages: tuple[int, ...],
         structure: str = "parallel",
         adapter: str = "low_rank",
@@ -92,11 +92,14 @@ class E3VA(nn.Module):
                 f"memory={memory} needs the one gradient that parallel adapters share: with structure={structure} only "
                 "memory=reference is possible."
             )
-        self.swin = freeze(swin)
+        self.trunk = freeze(trunk)
         self.join = STRUCTURES[structure]
         self.fpn_input = fpn_input
         self.memory = memory
-        self.last_stage = max(stages)
+        self.norms = fpn_norms(trunk, stages, fpn_norm_trainable)
+        self.last_stage = max(self.norms.stages)
+        self.out_channels, self.strides = self.norms.out_channels, self.norms.strides
+        self.divisor = self.norms.divisor
         sizes = (
             {"rank": rank, "middle": middle} if adapter == "low_rank" else {"middle": 32 if middle is None else middle}
         )
@@ -104,30 +107,27 @@ class E3VA(nn.Module):
             nn.ModuleList(
                 nn.ModuleList(ADAPTERS[adapter](block.dim, **sizes) for _ in range(2)) for block in stage.blocks
             )
-            for stage in swin.layers[: self.last_stage]
+            for stage in trunk.layers[: self.last_stage]
         )
         if start == "random":
             for weight, _ in (adapter.outer for stage in self.adapters for pair in stage for adapter in pair):
                 nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
         # The first entry is the identity: a stage is reduced where it begins.
-        own_reductions = [copy.deepcopy(stage.downsample) for stage in swin.layers[: self.last_stage]]
+        own_reductions = [copy.deepcopy(stage.downsample) for stage in trunk.layers[: self.last_stage]]
         self.reductions = nn.ModuleList(own_reductions).requires_grad_() if reduction == "trainable" else None
-        self.norms = FPNNorms(swin, stages, trainable=fpn_norm_trainable)
-        self.out_channels = [stage_dims(swin)[stage - 1] for stage in stages]
-        self.strides = [2 ** (stage + 1) for stage in stages]
 
     @property
     def passed_by_design(self) -> list[nn.Module]:
-        return [] if self.reductions is not None else [stage.downsample for stage in self.swin.layers]
+        return [] if self.reductions is not None else [stage.downsample for stage in self.trunk.layers]
 
     def train(self, mode: bool = True) -> "E3VA":
         super().train(mode)
-        self.swin.eval()  # frozen is a mode too: no stochastic depth on the stream
+        self.trunk.eval()  # frozen is a mode too: no stochastic depth on the stream
         return self
 
     def reduction(self, index: int) -> nn.Module:
         """What the highway passes before stage ``index`` (from 0); before the first it is the identity."""
-        return self.swin.layers[index].downsample if self.reductions is None else self.reductions[index]
+        return self.trunk.layers[index].downsample if self.reductions is None else self.reductions[index]
 
     def norm(self, index: int) -> nn.Module | None:
         """The norm behind stage ``index`` (from 0), if its map is consumed."""
@@ -141,10 +141,10 @@ class E3VA(nn.Module):
     def reference(self, images: Tensor) -> list[Tensor]:
         """The same, equations (7) and (8) word for word."""
         with torch.no_grad():
-            l = embed(self.swin, images)  # noqa: E741  (B, H/4, W/4, C), the paper's letter
+            l = embed(self.trunk, images)  # noqa: E741  (B, H/4, W/4, C), the paper's letter
         e = l
         maps = {}
-        for index, (stage, adapters) in enumerate(zip(self.swin.layers, self.adapters, strict=False)):
+        for index, (stage, adapters) in enumerate(zip(self.trunk.layers, self.adapters, strict=False)):
             e = self.reduction(index)(e)  # the gradient passes these layers ...
             with torch.no_grad():
                 l = stage.downsample(l)  # noqa: E741  ... and never these
@@ -155,4 +155,4 @@ class E3VA(nn.Module):
                     l = l + f1 + f2  # noqa: E741  equation (7)
                 e = self.join(e, f1, f2, a1, a2)  # equation (8)
             maps[index + 1] = e if self.fpn_input == "e" else e + l
-        return self.norms(maps)
+        return self.norms.finish(self.norms(maps), images)

@@ -100,7 +100,7 @@ def trace(
         model: A backbone of this package, a model that holds one, or anybody's own; stages and blocks are known for the
             first two. Models on the meta device cost no memory and have the same graph.
         *inputs: What ``model`` is called with; for a backbone float images (B, 3, H, W).
-        backbone: The pretrained part, a module or its name; the module called ``swin`` if not given.
+        backbone: The pretrained part, a module or its name; the module called ``trunk`` if not given.
         loss: Turns the model's output into a tensor; ``gradients.random_functional`` if not given, whose two links (a
             product and a scale) are part of the lengths. Neck, head and the task's loss would add theirs to every
             method alike.
@@ -246,7 +246,7 @@ def _watched(backbone: ThroughBackbone | E3VA | None, saved: SavedBytes) -> Iter
 
     handles = [
         block.norm1.register_forward_pre_hook(lambda module, args: streams.append(args[0].grad_fn))
-        for stage in backbone.swin.layers
+        for stage in backbone.trunk.layers
         for block in stage.blocks
     ]
     setattr(backbone, name, watched)
@@ -269,7 +269,7 @@ def _per_stage(
     names = {module: name for name, module in model.named_modules()}
     outputs = {name: node for node, by in produced.items() for name in by}
     per_stage, blocks, todo = [], [], iter(calls)
-    for number, stage in enumerate(backbone.swin.layers[: backbone.last_stage], start=1):
+    for number, stage in enumerate(backbone.trunk.layers[: backbone.last_stage], start=1):
         ran = [call for _, call in zip(stage.blocks, todo, strict=False)]
 
         def inside(output: object, input: object) -> dict[object, int]:

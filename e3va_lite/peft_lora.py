@@ -7,7 +7,7 @@ from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
 from .errors import InputError
-from .swin import FPNNorms, embed, freeze, stage_dims
+from .trunk import FPNNorms, embed, freeze
 
 
 class PEFTLoRA(nn.Module):
@@ -21,29 +21,32 @@ class PEFTLoRA(nn.Module):
         checkpointing: timm's gradient checkpointing.
 
     Raises:
-        InputError: If PEFT is not installed.
+        InputError: If PEFT is not installed, or for anything but a Swin.
     """
 
     def __init__(
         self, swin: SwinTransformer, stages: tuple[int, ...], rank: int, fpn_norm_trainable: bool, checkpointing: bool
     ) -> None:
         super().__init__()
+        if not isinstance(swin, SwinTransformer):
+            raise InputError(
+                f"peft_lora runs timm's own Swin, not {type(swin).__name__}: use a swin_* backbone, or lora."
+            )
         try:
             from peft import LoraConfig, inject_adapter_in_model
         except ImportError as error:
             raise InputError('peft_lora needs the library PEFT: pip install "e3va_lite[peft]".') from error
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=["qkv"])
-        self.swin = inject_adapter_in_model(config, freeze(swin))
-        self.swin.set_grad_checkpointing(checkpointing)
+        self.trunk = inject_adapter_in_model(config, freeze(swin))
+        self.trunk.set_grad_checkpointing(checkpointing)
+        self.norms = FPNNorms(swin, stages, fpn_norm_trainable)
         self.last_stage = max(stages)
-        self.norms = FPNNorms(swin, stages, trainable=fpn_norm_trainable)
-        self.out_channels = [stage_dims(swin)[stage - 1] for stage in stages]
-        self.strides = [2 ** (stage + 1) for stage in stages]
+        self.out_channels, self.strides = self.norms.out_channels, self.norms.strides
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) -> one map (B, C_i, ceil(H/s_i), ceil(W/s_i)) per consumed stage."""
-        x = embed(self.swin, images)
+        x = embed(self.trunk, images)
         maps = {}
-        for number, stage in enumerate(self.swin.layers[: self.last_stage], start=1):
+        for number, stage in enumerate(self.trunk.layers[: self.last_stage], start=1):
             x = maps[number] = stage(x)
         return self.norms(maps)

@@ -255,7 +255,7 @@ def pretrain(
     seconds += time.monotonic() - began
     held_out = DataLoader(DenseShapes(HELD_OUT, seed=seed + 1_000_000), 50, num_workers=workers)
     accuracy, commonest = dense_accuracy(model, held_out, torch.device(device))
-    swin = {key: value.half().contiguous() for key, value in model.backbone.swin.state_dict().items()}
+    swin = {key: value.half().contiguous() for key, value in model.backbone.trunk.state_dict().items()}
     save_file({key: value.cpu() for key, value in swin.items()}, out)
     card = {
         "what": f"{backbone}, pretrained densely on generated images",
@@ -265,7 +265,7 @@ def pretrain(
         "textures": list(TEXTURES),
         f"accuracy_on_{HELD_OUT}_held_out_images": {key: round(value, 4) for key, value in accuracy.items()},
         "always_the_commonest_answer": {key: round(value, 4) for key, value in commonest.items()},
-        "parameters": sum(p.numel() for p in model.backbone.swin.parameters()),
+        "parameters": sum(p.numel() for p in model.backbone.trunk.parameters()),
         "seconds": round(seconds),
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else f"{platform.machine()} CPU",
         "versions": {"python": platform.python_version(), "torch": torch.__version__},

@@ -68,7 +68,7 @@ def train(
         "root": str(root),
         "classes": list(train_set.classes),
         "category_ids": getattr(train_set, "category_ids", None),
-        "weights": fingerprint(model.backbone.body.swin),
+        "weights": fingerprint(model.backbone.body.trunk),
         "images": {recipe.train_split: len(train_set), recipe.eval_split: len(eval_set)},
         "processes": world(),
     }
@@ -221,7 +221,7 @@ def open_run(run: Path, best: bool = False, weights: str | None = None) -> Train
     tensors, state = checkpoint.read(path)
     about = state["about"]
     model = build_model(recipe, len(about["classes"]))
-    if fingerprint(model.backbone.body.swin) != about["weights"]:
+    if fingerprint(model.backbone.body.trunk) != about["weights"]:
         raise InputError(
             f"the pretrained weights of {recipe.backbone} are not those that '{run}' was trained with: give them with "
             "--weights."

@@ -83,7 +83,7 @@ def build_step(recipe: Recipe, size: tuple[int, int], device: torch.device, dry_
         InputError: For a size that the model cannot take.
     """
     if min(size) < MIN_SIZE:
-        raise InputError(f"size {size[0]}x{size[1]} is too small for Swin: take sides of {MIN_SIZE} pixels or more.")
+        raise InputError(f"size {size[0]}x{size[1]} is too small: take sides of {MIN_SIZE} pixels or more.")
     recipe = replace(recipe, pretrained=False, weights=None)
     if recipe.task != "ade20k":
         recipe = replace(recipe, min_size=min(size), max_size=max(size))

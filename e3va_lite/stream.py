@@ -1,9 +1,9 @@
 """The frozen stream ``l`` of equation (7), run as fast as it can be when nobody asks it for a gradient.
 
-The modules and the order of operations are those of :mod:`e3va_lite.swin`. But without a graph a map need not pass as
-a whole through one operator after the other: here a few windows, or a few rows of tokens, go all the way while they are
-in the processor's cache. A block's large intermediate results (four times its map) never exist, and padding, shift and
-windows are one index instead of four copies.
+The modules and the order of operations are those of the trunk. But without a graph a map need not pass as a whole
+through one operator after the other: here a few windows, or a few rows of tokens, go all the way while they are in the
+processor's cache. A block's large intermediate results (four times its map) never exist, and in a Swin padding, shift
+and windows are one index instead of four copies.
 """
 
 from collections.abc import Iterator
@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
+
+from .trunk import f_p1, f_p2
 
 #: Tokens that go through a block together: what a CPU's cache holds; enough to keep a GPU busy.
 ROWS = {"cpu": 4096, "gpu": 65536}
@@ -30,14 +32,14 @@ def run(stage: nn.Module, l: Tensor) -> Taps:  # noqa: E741, the paper's letter
         l: ``l_in``, (B, H, W, C), contiguous; overwritten, ``l_out`` in the end.
     """
     tokens = l.view(-1, l.shape[-1])  # (T, C)
-    shifts = {block.shift_size: block.window_size for block in stage.blocks}
+    shifts = {block.shift_size: block.window_size for block in stage.blocks if isinstance(block, SwinTransformerBlock)}
     windows = {shift: _windows(l.shape, window, shift, l.device) for shift, window in shifts.items()}
     for number, block in enumerate(stage.blocks):
-        attended = _attend(block, tokens, windows[block.shift_size])
+        attended = _attend(block, tokens, windows[block.shift_size]) if windows else f_p1(block, l).flatten(0, 2)
         for rows in slices(tokens):
             f1 = attended[rows]
             middle = tokens[rows] + f1
-            f2 = block.mlp(block.norm2(middle))
+            f2 = block.mlp(block.norm2(middle)) if windows else f_p2(block, middle)
             torch.add(middle, f2, out=tokens[rows])
             yield number, rows, (f1, f2)
 
@@ -61,7 +63,7 @@ def _rows(device: torch.device) -> int:
 
 
 def _attend(block: SwinTransformerBlock, l: Tensor, windows: list[tuple]) -> Tensor:  # noqa: E741
-    """The tap ``f_P1`` of a block, (T, C) -> (T, C)."""
+    """The tap ``f_P1`` of a Swin block, (T, C) -> (T, C)."""
     attention, heads = block.attn, block.attn.num_heads
     bias = attention._get_rel_pos_bias()  # (1, heads, tokens, tokens)
     f1 = l.new_empty(len(l) + 1, l.shape[1], dtype=tap_dtype(l))  # the last row takes what comes out of the padding

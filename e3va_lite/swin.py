@@ -5,20 +5,20 @@ Transformer", Liu et al. 2021, detection and segmentation code), which pads a ma
 timm rolls first. At 224x224 nothing is padded in the first stages and the two agree; at 256x320 they do not, and
 weights that were trained with one order see shifted windows cut in other places with the other.
 
-Maps in this file are NHWC, as everywhere inside Swin; ``FPNNorms`` turns what feeds necks to NCHW.
+Maps in this file are NHWC, as everywhere inside Swin.
 """
 
 import re
-from functools import partial
 from pathlib import Path
 
 import timm
 import torch
 import torch.nn.functional as F
-from timm.models.swin_transformer import SwinTransformer, window_partition, window_reverse
+from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, window_partition, window_reverse
 from torch import Tensor, nn
 
 from .errors import InputError, unknown
+from .trunk import embed, f_p1, f_p2
 from .weights import load_weights
 
 MIN_SIZE = 32  # pixels: below this the last stage has less than one token
@@ -32,7 +32,7 @@ PRETRAINED = Path(__file__).parent / "pretrained"  # where theirs are, each as N
 PAPER_TAG = ".ms_in22k"
 
 
-def backbone_names() -> list[str]:
+def swin_names() -> list[str]:
     """Every Swin that :func:`create_swin` can build: timm's, and those in miniature."""
     return [*MINIATURES, *timm.list_models("swin_*", exclude_filters="*cr*")]
 
@@ -43,7 +43,7 @@ def create_swin(
     """timm's Swin of that name, for images of any size, without classifier and final norm.
 
     Args:
-        name: One of :func:`backbone_names`, for timm's with or without a pretraining tag
+        name: One of :func:`swin_names`, for timm's with or without a pretraining tag
             (``swin_base_patch4_window7_224`` or ``swin_base_patch4_window7_224.ms_in22k``).
         pretrained: Load weights: from timm's hub, ImageNet-22K where a name without a tag has them; for miniatures from
             the package.
@@ -54,22 +54,27 @@ def create_swin(
         InputError: For an unknown name, weights that do not fit, or a hub that cannot be reached.
     """
     architecture = name.split(".")[0]
-    if architecture not in backbone_names():
-        raise unknown("backbone", name, backbone_names())
+    if architecture not in swin_names():
+        raise unknown("backbone", name, swin_names())
     # always_partition keeps the shift in stages that fit into a single window; dynamic size computes masks per input.
     options = {"strict_img_size": False, "always_partition": True, "drop_path_rate": drop_path_rate, "num_classes": 0}
     if architecture in MINIATURES:
         swin = SwinTransformer(**MINIATURES[architecture], **options)
         weights = weights or (PRETRAINED / f"{architecture}.safetensors" if pretrained else None)
     else:
-        swin = _from_timm(name, pretrained and weights is None, options)
+        swin = from_timm(name, pretrained and weights is None, options)
     swin.norm, swin.head = nn.Identity(), nn.Identity()  # detectors have one norm per stage instead
     if weights is not None:
         load_weights(swin, weights)
     return swin
 
 
-def _from_timm(name: str, pretrained: bool, options: dict) -> SwinTransformer:
+def from_timm(name: str, pretrained: bool, options: dict) -> nn.Module:
+    """timm's model of that name.
+
+    Raises:
+        InputError: For a pretraining tag that there is not, or a hub that cannot be reached.
+    """
     if "." not in name and name + PAPER_TAG in timm.list_pretrained(name + ".*"):
         name += PAPER_TAG
     try:
@@ -98,17 +103,13 @@ def image_size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def freeze(module: nn.Module) -> nn.Module:
-    """Freezing is a mode and a flag: no parameter asks for a gradient, and nothing is random.
-
-    The mode does not survive ``model.train()`` on a parent; the backbones of this package re-apply it in their
-    ``train`` method.
-    """
-    return module.requires_grad_(False).eval()
+@embed.register
+def _(swin: SwinTransformer, images: Tensor) -> Tensor:
+    return embed_patches(swin, images)
 
 
-def embed(swin: SwinTransformer, images: Tensor) -> Tensor:
-    """Image to tokens, (B, 3, H, W) -> (B, ceil(H/4), ceil(W/4), C): the stream's start ``l[0]``.
+def embed_patches(swin: nn.Module, images: Tensor) -> Tensor:
+    """Images to patches, (B, 3, H, W) -> (B, ceil(H/4), ceil(W/4), C).
 
     Raises:
         InputError: For a side below 32 pixels or a tensor that is not (B, 3, H, W).
@@ -124,14 +125,26 @@ def embed(swin: SwinTransformer, images: Tensor) -> Tensor:
     return swin.patch_embed(F.pad(images, (0, -width % patch_w, 0, -height % patch_h)))
 
 
-def f_p1(block: nn.Module, x: Tensor) -> Tensor:
-    """The tap ``f_P1`` of a block: (S)W-MSA(LN1(x)), (B, H, W, C) -> (B, H, W, C), without the skip.
+@f_p1.register
+def _(block: SwinTransformerBlock, x: Tensor) -> Tensor:
+    """(S)W-MSA(LN1(x))"""
+    return block.drop_path1(in_windows(block, block.norm1(x)))
 
-    Official order: norm, pad to whole windows, roll, attend, roll back, crop.
+
+@f_p2.register
+def _(block: SwinTransformerBlock, x: Tensor) -> Tensor:
+    """MLP(LN2(x))"""
+    return block.drop_path2(block.mlp(block.norm2(x)))
+
+
+def in_windows(block: nn.Module, x: Tensor) -> Tensor:
+    """A block's attention in its shifted windows, (B, H, W, C) -> (B, H, W, C).
+
+    Official order: pad to whole windows, roll, attend, roll back, crop.
     """
     _, height, width, _ = x.shape
     window, shift = block.window_size, block.shift_size
-    x = F.pad(block.norm1(x), (0, 0, 0, -width % window[1], 0, -height % window[0]))  # (B, H', W', C)
+    x = F.pad(x, (0, 0, 0, -width % window[1], 0, -height % window[0]))  # (B, H', W', C)
     if any(shift):
         x = torch.roll(x, (-shift[0], -shift[1]), dims=(1, 2))
     windows = window_partition(x, window).flatten(1, 2)  # (B * windows, tokens per window, C)
@@ -139,7 +152,7 @@ def f_p1(block: nn.Module, x: Tensor) -> Tensor:
     x = window_reverse(windows, window, *x.shape[1:3])  # (B, H', W', C)
     if any(shift):
         x = torch.roll(x, shift, dims=(1, 2))
-    return block.drop_path1(x[:, :height, :width])
+    return x[:, :height, :width]
 
 
 def _window_mask(block: nn.Module, x: Tensor) -> Tensor | None:
@@ -152,35 +165,7 @@ def _window_mask(block: nn.Module, x: Tensor) -> Tensor | None:
     return None if mask is None else 100 * mask
 
 
-def f_p2(block: nn.Module, x: Tensor) -> Tensor:
-    """The tap ``f_P2`` of a block: MLP(LN2(x)), (B, H, W, C) -> (B, H, W, C), without the skip."""
-    return block.drop_path2(block.mlp(block.norm2(x)))
-
-
 def merge(x: Tensor) -> Tensor:
     """What a reduction does first: 2x2 neighbours side by side, (B, H, W, C) -> (B, ceil(H/2), ceil(W/2), 4 C)."""
     x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
     return x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).permute(0, 1, 3, 4, 2, 5).flatten(3)
-
-
-def stage_dims(swin: SwinTransformer) -> list[int]:
-    """Channels of the four stages, e.g. [192, 384, 768, 1536] for Swin-L."""
-    return [stage.blocks[0].dim for stage in swin.layers]
-
-
-class FPNNorms(nn.ModuleDict):
-    """One new LayerNorm per consumed stage (paper section 3.2, "FPN in E3VA"), and the way from NHWC to NCHW.
-
-    Keys are stage numbers from 1. Classifiers have no such norms, so they start as plain LayerNorms and are trained
-    or kept, never pretrained.
-    """
-
-    def __init__(self, swin: SwinTransformer, stages: tuple[int, ...], trainable: bool) -> None:
-        dims = stage_dims(swin)
-        norm = partial(nn.LayerNorm, eps=1e-5)
-        super().__init__({str(stage): norm(dims[stage - 1]) for stage in stages})
-        self.requires_grad_(trainable)
-
-    def forward(self, maps: dict[int, Tensor]) -> list[Tensor]:
-        """Maps by stage number, (B, H, W, C) each -> list of (B, C, H, W), in the order of the stages."""
-        return [norm(maps[int(stage)]).permute(0, 3, 1, 2).contiguous() for stage, norm in self.items()]

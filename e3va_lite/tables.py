@@ -20,6 +20,7 @@ from .fit import CARDS, GIB, MIB, dry_peak, in_parallel
 from .methods import METHODS, build_backbone
 from .recipe import load_recipe
 from .text import text_table
+from .trunk import is_neck
 
 SWIN_L, SWIN_B = "swin_large_patch4_window7_224", "swin_base_patch4_window7_224"
 DIMS, DEPTHS = {SWIN_L: (192, 384, 768, 1536), SWIN_B: (128, 256, 512, 1024)}, (2, 2, 18, 2)
@@ -56,8 +57,8 @@ def printed() -> dict[str, dict]:
 
 
 def trainable_parameters(module: nn.Module) -> int:
-    """Numbers that an optimiser may change, shared ones counted once."""
-    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+    """Numbers of a backbone that an optimiser may change, shared ones counted once."""
+    return sum(p.numel() for name, p in module.named_parameters() if p.requires_grad and not is_neck(name))
 
 
 def parameter_table(backbone: str) -> dict:

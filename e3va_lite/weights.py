@@ -1,4 +1,4 @@
-"""Pretrained Swin weights from a local file, in any of the namings they are passed around in, checked before use.
+"""Pretrained weights from a local file, for a Swin in any of the namings they are passed around in, checked before use.
 
 One architecture, three key namings. They differ in names, in which stage owns the patch merging ("downsample"), and in
 the order in which the merging lays out the four tokens of a 2x2 patch, (dh, dw) being a token's row and column:
@@ -7,7 +7,9 @@ the order in which the merging lays out the four tokens of a 2x2 patch, (dh, dw)
     Microsoft       layers.0.downsample   last step of stage 0    channels ordered (dw, dh, C)
     mmsegmentation  stages.0.downsample   last step of stage 0    channels ordered (C, dh, dw), as nn.Unfold does
 
-Old timm files use Microsoft's naming, mmpretrain and mmdetection use mmsegmentation's.
+Old timm files use Microsoft's naming, mmpretrain and mmdetection use mmsegmentation's. Swin V2 goes by the first two,
+plain ViTs by timm's alone.
+
 A file is data: nothing in it is ever executed, and nothing is copied into the model before all of it has been checked.
 """
 
@@ -40,20 +42,23 @@ MMSEG_NAMES = {
     ".ffn.layers.1.": ".mlp.fc2.",
 }
 
-#: Classifier, final norm, a detector's norms norm0..norm3, and buffers that follow from the window size.
-IGNORED = re.compile(r"^(head|norm\d*)\.|(^|\.)(relative_position_index|attn_mask)$")
+#: Classifier, final norm, a detector's norms norm0..norm3, what only pretraining masks with, and buffers that follow
+#: from the window size.
+IGNORED = re.compile(
+    r"^(head|fc_norm|norm\d*)\.|^mask_token$|(^|\.)(relative_position_index|relative_coords_table|attn_mask|k_bias)$"
+)
 
 
-def load_weights(swin: nn.Module, path: str | Path) -> None:
-    """Fill timm's Swin with the weights in a local file; float16 and bfloat16 become the model's own type.
+def load_weights(trunk: nn.Module, path: str | Path) -> None:
+    """Fill timm's model with the weights in a local file; float16 and bfloat16 become the model's own type.
 
     Understands timm's, Microsoft's and mmsegmentation's key namings, bare, inside a training checkpoint
     (``{"model": ...}``, ``{"state_dict": ...}``) or inside a larger model (``module.``, ``backbone.`` and the like).
     The larger model's other parts are left out, as are classifier head, final norm, FPN norms and buffers.
 
     Args:
-        swin: timm's ``SwinTransformer`` whose ``norm`` and ``head`` were replaced by ``nn.Identity()``. Changed in
-            place; left exactly as it was if anything is wrong.
+        trunk: timm's model, its ``norm`` and ``head`` replaced by ``nn.Identity()``. Changed in place; left exactly as
+            it was if anything is wrong.
         path: A ``.safetensors``, ``.pth``, ``.pt``, ``.bin`` or ``.ckpt`` file.
 
     Raises:
@@ -61,7 +66,7 @@ def load_weights(swin: nn.Module, path: str | Path) -> None:
             another shape than the model's, or not finite.
     """
     path = Path(path)
-    found = _innermost_swin(_read(path), path)  # the file's keys, prefix off
+    found = _innermost_trunk(_read(path), path)  # the file's keys, prefix off
     is_mmseg = any(key.startswith("stages.") for key in found)
     merges_last = is_mmseg or any(key.startswith("layers.0.downsample.") for key in found)
 
@@ -70,21 +75,21 @@ def load_weights(swin: nn.Module, path: str | Path) -> None:
         if not IGNORED.search(file_key):
             key = _timm_key(file_key, is_mmseg, merges_last)
             weights[key], file_keys[key] = tensor, file_key
-    _check(weights, file_keys, swin.state_dict(), path)
+    _check(weights, file_keys, trunk.state_dict(), path)
 
     if is_mmseg:
         weights = {key: _from_unfold(tensor) if ".downsample." in key else tensor for key, tensor in weights.items()}
-    swin.load_state_dict(weights)
+    trunk.load_state_dict(weights)
 
 
-def fingerprint(swin: nn.Module) -> str:
+def fingerprint(trunk: nn.Module) -> str:
     """SHA-256 of a model's pretrained weights, as 64 hexadecimal digits.
 
     Depends on names and float32 values only, not on the file that the weights came from, nor on device or order.
     Adapters store it, so that they are never put beside weights that they were not trained with.
     """
     digest = hashlib.sha256()
-    for key, tensor in sorted(swin.state_dict().items()):
+    for key, tensor in sorted(trunk.state_dict().items()):
         digest.update(key.encode())
         digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy())
     return digest.hexdigest()
@@ -133,19 +138,19 @@ def _unpickle(path: Path) -> object:
         ) from error
 
 
-def _innermost_swin(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Only the Swin's tensors, without the prefix that a larger model gave their names."""
-    # Every Swin has exactly one patch embedding; what stands before its name stands before all the others.
+def _innermost_trunk(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Only the backbone's tensors, without the prefix that a larger model gave their names."""
+    # Every backbone has exactly one patch embedding; what stands before its name stands before all the others.
     anchor = re.compile(r"^(|.*\.)patch_embed\.proj(?:ection)?\.weight$")
     prefixes = [match[1] for key in tensors if (match := anchor.match(key))]
     if not prefixes:
         raise InputError(
-            f"weights '{path}' hold no Swin Transformer (no 'patch_embed.proj.weight' among {_listed(tensors)}): pass "
-            "a file in timm's, Microsoft's or mmsegmentation's key naming."
+            f"weights '{path}' hold no backbone (no 'patch_embed.proj.weight' among {_listed(tensors)}): pass a "
+            "file in timm's, Microsoft's or mmsegmentation's key naming."
         )
     if len(prefixes) > 1:
         raise InputError(
-            f"weights '{path}' hold several Swin Transformers (under {_listed(prefixes)}): save the one you mean in a "
+            f"weights '{path}' hold several backbones (under {_listed(prefixes)}): save the one you mean in a "
             "file of its own."
         )
     prefix = prefixes[0]

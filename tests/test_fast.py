@@ -44,7 +44,7 @@ def trained_for_a_while(memory, **options):
     torch.manual_seed(0)
     backbone = build_backbone("e3va", "swin_nano", memory=memory, **options).double().train()
     for name, p in backbone.named_parameters():
-        if not name.startswith("swin."):
+        if not name.startswith("trunk."):
             p.data += 0.2 * torch.randn_like(p)
     return backbone
 
@@ -91,7 +91,7 @@ def test_a_new_highway_is_the_frozen_stream_bit_for_bit():
     fixed = build_backbone("fixed", "swin_nano")
     for memory in ("store", "compress", "recompute"):
         highway = build_backbone("e3va", "swin_nano", memory=memory, stages=(1,))
-        highway.swin.load_state_dict(fixed.swin.state_dict())
+        highway.trunk.load_state_dict(fixed.trunk.state_dict())
         assert torch.equal(highway(images)[0], fixed(images)[0])
 
 
@@ -288,7 +288,7 @@ class TestAutogradsManners:
             backbone = build_backbone("e3va", "swin_nano", memory=memory)
             maps = backbone(torch.empty(1, 3, 64, 96))
             random_functional(maps).backward()
-        assert all(p.grad.is_meta for name, p in backbone.named_parameters() if not name.startswith("swin."))
+        assert all(p.grad.is_meta for name, p in backbone.named_parameters() if not name.startswith("trunk."))
 
 
 def test_state_dicts_are_the_same_in_every_way():

@@ -153,10 +153,10 @@ DEFECTS = {  # what is done to the state dict, and what the message must say
     "too large": (lambda t: t.update({LAST: torch.full((128,), 1e300, dtype=torch.float64)}), [LAST, "not finite"]),
     "integers": (lambda t: t.update({LAST: torch.zeros(128, dtype=torch.int64)}), [LAST, "torch.int64"]),
     "sparse": (lambda t: t.update({LAST: torch.zeros(128).to_sparse()}), [LAST, "no ordinary"]),
-    "no swin": (lambda t: t.pop("patch_embed.proj.weight"), ["no Swin Transformer", "patch_embed.norm.weight"]),
+    "no swin": (lambda t: t.pop("patch_embed.proj.weight"), ["no backbone", "patch_embed.norm.weight"]),
     "two swins": (lambda t: t.update({f"teacher.{key}": t[key] for key in list(t)}), ["several", "'teacher.'"]),
-    "nothing": (lambda t: t.clear(), ["no Swin Transformer"]),
-    "itself": (lambda t: (t.clear(), t.update(model=t)), ["no Swin Transformer"]),
+    "nothing": (lambda t: t.clear(), ["no backbone"]),
+    "itself": (lambda t: (t.clear(), t.update(model=t)), ["no backbone"]),
 }
 
 

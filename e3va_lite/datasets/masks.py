@@ -111,7 +111,7 @@ def augmentation(scale: Sequence[int], ratio: Sequence[float], crop: int) -> lis
     if len(scale) != 2 or len(ratio) != 2 or ratio[0] > ratio[1]:
         raise InputError(f"scale={scale}, ratio={ratio} cannot work: give two numbers each, ratio ascending.")
     if crop < SMALLEST:
-        raise InputError(f"crop={crop} is too small for Swin: choose {SMALLEST} or more.")
+        raise InputError(f"crop={crop} is too small: choose {SMALLEST} or more.")
     return [
         RandomResize(scale=tuple(scale), ratio_range=tuple(ratio), keep_ratio=True),
         RandomCrop(crop_size=(crop, crop), cat_max_ratio=0.75, ignore_index=VOID),

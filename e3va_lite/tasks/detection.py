@@ -42,9 +42,10 @@ def build_retinanet(
     The paper's detector reads Swin's stages 2 to 4, strides 8, 16 and 32: five levels, of strides 8 to 128.
 
     The model is called as torchvision's detectors are. Images are a list of float tensors (3, H, W) in 0..1, of any
-    sizes; they are normalised, resized, and padded to a multiple of 32 inside. Targets are a list of dicts with
-    ``boxes`` (M, 4), float ``x1, y1, x2, y2`` in pixels of the image as given, and ``labels`` (M,), int64. Labels are
-    1..K in targets and in predictions, for K outputs of the head. An image without objects has boxes (0, 4).
+    sizes; they are normalised, resized, and padded to a multiple of 32 inside (or of ``backbone.divisor``). Targets are
+    a list of dicts with ``boxes`` (M, 4), float ``x1, y1, x2, y2`` in pixels of the image as given, and ``labels``
+    (M,), int64. Labels are 1..K in targets and in predictions, for K outputs of the head. An image without objects has
+    boxes (0, 4).
 
     - In train mode ``model(images, targets)`` returns the two losses, ``classification`` and ``bbox_regression``.
     - In eval mode ``model(images)`` returns per image a dict of ``boxes`` (N, 4) in pixels of the image as given,
@@ -88,11 +89,16 @@ def build_retinanet(
         max_size=max_size,
         image_mean=IMAGE_MEAN,
         image_std=IMAGE_STD,
-        size_divisible=32,
+        size_divisible=divisor(backbone),
         anchor_generator=anchors,
         head=head,
         detections_per_img=100,
     )
+
+
+def divisor(backbone: nn.Module) -> int:
+    """What the sides of images are padded to a multiple of: torchvision's 32, if the backbone does not say."""
+    return getattr(backbone, "divisor", 32)
 
 
 class _RetinaNet(RetinaNet):

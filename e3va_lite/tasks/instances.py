@@ -30,7 +30,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from ..distributed import mean_count
 from ..errors import InputError
-from .detection import IMAGE_MEAN, IMAGE_STD, PAPER_CHANNELS, _Anchors, _check, _Pyramid
+from .detection import IMAGE_MEAN, IMAGE_STD, PAPER_CHANNELS, _Anchors, _check, _Pyramid, divisor
 
 STAGES = (  # least overlap of a positive box, weight of the losses, weights of the box coder
     (0.5, 1.0, (10.0, 10.0, 5.0, 5.0)),
@@ -112,7 +112,7 @@ def build_cascade_mask_rcnn(
         _Pyramid(backbone, fpn_channels, LastLevelMaxPool()),
         _Proposals(_Anchors([*strides, 2 * strides[-1]], anchor_base, per_octave=1), fpn_channels, proposals),
         _Cascade(strides, fpn_channels, head_channels, num_classes, samples),
-        _Transform(min_sizes, min_size, max_size),
+        _Transform(min_sizes, min_size, max_size, divisor(backbone)),
     )
 
 
@@ -134,8 +134,8 @@ class _Transform(GeneralizedRCNNTransform):
     Torchvision rounds a box to whole pixels before it pastes a mask there, which costs small objects most.
     """
 
-    def __init__(self, min_sizes: list[int], min_size: int, max_size: int):
-        super().__init__(min_size, max_size, IMAGE_MEAN, IMAGE_STD, size_divisible=32)
+    def __init__(self, min_sizes: list[int], min_size: int, max_size: int, divisor: int):
+        super().__init__(min_size, max_size, IMAGE_MEAN, IMAGE_STD, size_divisible=divisor)
         self.min_sizes = min_sizes
 
     def torch_choice(self, k: list[int]) -> int:  # called in train mode only

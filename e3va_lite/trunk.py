@@ -1,0 +1,106 @@
+"""What a pretrained backbone has to offer, written down once.
+
+To the methods of this package every backbone is a *trunk*: tokens, a map (B, H, W, C), run through stages of blocks.
+A block adds two *taps* to them, equation (5):
+
+    x + f_P1(x) + f_P2(x + f_P1(x))
+
+and every stage begins with a reduction of the map. So a trunk is a module with
+
+    trunk.layers[i].downsample    the reduction, (B, H, W, C) -> (B, H', W', C'); an identity where nothing is reduced
+    trunk.layers[i].blocks        the blocks; each has its width as ``dim`` and a fused projection ``attn.qkv``
+
+A family of backbones is a file (:mod:`~e3va_lite.swin`, :mod:`~e3va_lite.swin_v2`, :mod:`~e3va_lite.vit`,
+:mod:`~e3va_lite.dinov3`) that builds trunks and registers, for its own classes, the functions of this one.
+"""
+
+from functools import partial, singledispatch
+
+from torch import Tensor, nn
+
+
+@singledispatch
+def embed(trunk: nn.Module, images: Tensor) -> Tensor:
+    """Images to tokens, (B, 3, H, W) -> (B, H', W', C): the stream's start ``l[0]``.
+
+    Raises:
+        InputError: For images that the trunk cannot take.
+    """
+    raise NotImplementedError(f"no family of backbones has said how {type(trunk).__name__} embeds images")
+
+
+@singledispatch
+def f_p1(block: nn.Module, x: Tensor) -> Tensor:
+    """The tap ``f_P1`` of a block, its attention half without the skip: (B, H, W, C) -> (B, H, W, C)."""
+    raise NotImplementedError(f"no family of backbones has said what the taps of {type(block).__name__} are")
+
+
+@singledispatch
+def f_p2(block: nn.Module, x: Tensor) -> Tensor:
+    """The tap ``f_P2`` of a block, its MLP half without the skip, token by token: (..., C) -> (..., C)."""
+    raise NotImplementedError(f"no family of backbones has said what the taps of {type(block).__name__} are")
+
+
+def freeze(module: nn.Module) -> nn.Module:
+    """Freezing is a mode and a flag: no parameter asks for a gradient, and nothing is random.
+
+    The mode does not survive ``model.train()`` on a parent; the backbones of this package re-apply it in their
+    ``train`` method.
+    """
+    return module.requires_grad_(False).eval()
+
+
+def stage_dims(trunk: nn.Module) -> list[int]:
+    """Channels of the stages, e.g. [192, 384, 768, 1536] for Swin-L."""
+    return [stage.blocks[0].dim for stage in trunk.layers]
+
+
+class FPNNorms(nn.ModuleDict):
+    """One new LayerNorm per consumed stage (paper section 3.2, "FPN in E3VA"), and the way from NHWC to NCHW.
+
+    Keys are stage numbers from 1. Classifiers have no such norms, so they start as plain LayerNorms and are trained
+    or kept, never pretrained.
+
+    Attributes:
+        stages: The stages whose maps are normed.
+        out_channels: Channels of each map for the neck.
+        strides: Pixels per step of each map for the neck.
+        divisor: Images of which sides are computed without padding inside.
+    """
+
+    def __init__(self, trunk: nn.Module, stages: tuple[int, ...], trainable: bool) -> None:
+        dims = stage_dims(trunk)
+        norm = partial(nn.LayerNorm, eps=1e-5)
+        super().__init__({str(stage): norm(dims[stage - 1]) for stage in stages})
+        self.requires_grad_(trainable)
+        self.stages = stages
+        self.out_channels = [dims[stage - 1] for stage in stages]
+        self.strides = [2 ** (stage + 1) for stage in stages]
+        self.divisor = 32
+
+    def forward(self, maps: dict[int, Tensor]) -> list[Tensor]:
+        """Maps by stage number, (B, H, W, C) each -> list of (B, C, H, W), in the order of the stages."""
+        return [to_nchw(self[str(stage)](maps[stage])) for stage in self.stages]
+
+    def finish(self, maps: list[Tensor], images: Tensor) -> list[Tensor]:
+        """What ``forward`` returned -> the maps for the neck: the same, where every stage has a size of its own."""
+        return maps
+
+
+def is_neck(name: str) -> bool:
+    """Whether a parameter of that name, although inside a backbone, is part of a pyramid, which stands for the neck."""
+    return ".pyramid." in name
+
+
+def to_nchw(x: Tensor) -> Tensor:
+    return x.permute(0, 3, 1, 2).contiguous()
+
+
+@singledispatch
+def fpn_norms(trunk: nn.Module, stages: tuple[int, ...], trainable: bool) -> FPNNorms:
+    """The norms before the neck, and what follows from them: number, width and stride of the maps.
+
+    Args:
+        stages: The maps (from 1, the finest) that the task consumes.
+    """
+    return FPNNorms(trunk, stages, trainable)
