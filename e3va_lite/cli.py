@@ -404,8 +404,9 @@ def export(run, out, backbone_only, best, weights) -> None:
 def reproduce(parts, quick, data, out, jobs, costs, device) -> None:
     """The paper in miniature: all ways of tuning, three tasks, ablations, over several seeds.
 
-    Parts: core, few, instances, methods, few-methods, larger, widths, ablations. Some hours on two cores. Stop it
-    whenever you want: the same command goes on with the runs that are missing. `e3va report` says what came out.
+    Parts: core, few, instances, methods, few-methods, larger, widths, neighbours, ablations. Some hours on two
+    cores. Stop it whenever you want: the same command goes on with the runs that are missing. `e3va report` says what
+    came out.
     """
     from .experiment import PARTS, QUICK, measure_costs, run_experiment
     from .lines import append_line, read_lines

@@ -111,11 +111,13 @@ PAPERS_WIDTHS = {
     "adaptformer, the paper's width": Arm("adaptformer:middle=64"),
     "lorand, the paper's rank": Arm("lorand:rank=8"),
 }
+# They cut the backward pass, too; with as many parameters as "e3va", as nearly as their widths allow.
+NEIGHBOURS = {"lst": Arm("lst:narrower=20"), "losa": Arm("losa:rank=18")}
 LARGER = {
     "larger backbone, fixed": Arm("fixed", backbone="swin_nano_deep"),
     "larger backbone, e3va": Arm("e3va:rank=2", backbone="swin_nano_deep"),
 }
-ARMS = METHODS | CONTROLS | ABLATIONS | PAPERS_WIDTHS | LARGER
+ARMS = METHODS | NEIGHBOURS | CONTROLS | ABLATIONS | PAPERS_WIDTHS | LARGER
 CORE = ("fixed", "adapter", "e3va", "full")
 REST = [*(name for name in METHODS if name not in CORE), *CONTROLS]
 #: What can be run by itself; all of it is the experiment.
@@ -127,6 +129,7 @@ PARTS: dict[str, list[tuple[str, str]]] = {
     "few-methods": [("few images", arm) for arm in REST if arm not in CONTROLS],
     "larger": [(study, arm) for study in ("detection", "instances") for arm in LARGER],
     "widths": [("detection", arm) for arm in PAPERS_WIDTHS],
+    "neighbours": [("longer", arm) for arm in ("lora", *NEIGHBOURS)],
     "ablations": [("longer", arm) for arm in (*CORE, "fixed, norms trained", "e3va+", "e3va++", *ABLATIONS)],
 }
 QUICK = [("quick", arm) for arm in CORE]

@@ -15,13 +15,14 @@ from .methods import METHODS
 
 #: The last for all that train inside the backbone.
 COLOURS = {"full": "#8c8c8c", "from scratch": "#8c8c8c", "fixed": "#7f9fcb", "adapter": "#e0a458"}
+COLOURS |= dict.fromkeys(("lst", "losa"), "#8f6bb3")
 HIGHWAY = "#2a7f62"
 MIB = 2**20
 DPI = 150
 
 CATEGORY_COLOURS = dict(zip(CATEGORIES, ("#4c5b6b", "#c44e52", "#8172b3", "#e0a458", "#d9d9d9"), strict=True))
 # What the figures of the experiment show, and its shape, which differs within a colour: colours stand for families.
-MARKED = dict(zip((*METHODS, "fixed, norms trained", "from scratch"), "osv<>DhpXo^sdX", strict=True))
+MARKED = dict(zip((*METHODS, "lst", "losa", "fixed, norms trained", "from scratch"), "osv<>DhpXo^sPHdX", strict=True))
 TABLE_FIGURES = ("savings.png", "hours.png", "figure1.png")
 
 PANELS = (

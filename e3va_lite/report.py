@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .experiment import ABLATIONS, ARMS, CONTROLS, LARGER, METHODS, PAPERS_WIDTHS, STUDIES, chosen_rate
+from .experiment import ABLATIONS, ARMS, CONTROLS, LARGER, METHODS, NEIGHBOURS, PAPERS_WIDTHS, STUDIES, chosen_rate
 from .plots import trade_offs
 from .significance import LEVEL, Difference, difference, holm, interval
 from .tables import printed
@@ -116,6 +116,8 @@ def _claims() -> Iterator[Claim]:
         text = "The larger backbone under E3VA is better than the smaller one fully tuned"
         evidence = ("table2", "e3va on Swin-L", "full", "ap_box") if study == "instances" else None
         yield Claim(text, study, "larger backbone, e3va", "full", 0.0, evidence)
+    for name in NEIGHBOURS:
+        yield Claim(f"E3VA is better than {name} of as many parameters", "longer", "e3va", name)
     for text, b, margin, rows in DESIGN:
         yield Claim(text, "longer", "e3va", b, margin, None if rows is None else (*rows, "ap_voc"))
 
@@ -239,6 +241,8 @@ def as_markdown(summary: dict) -> str:
     names = ("full", "fixed", "fixed, norms trained", "adapter", "e3va", "e3va+", "e3va++", *ABLATIONS)
     title = f"Tables 5 and 6, ranks and open readings: detection in {STUDIES['longer'].steps} steps"
     parts += [f"## {title}", _variants(studies.get("longer", {}), names), TWO_BRANCHES]
+    names = ("full", "fixed", "e3va", *NEIGHBOURS, "lora")
+    parts += ["## Neighbours that cut the backward pass, too", _variants(studies.get("longer", {}), names)]
     parts += ["## A larger backbone in the memory of a smaller one", _larger(studies)]
     parts += ["## Claims", claim_table(summary["claims"])]
     return "\n\n".join(part for part in parts if part) + "\n"

@@ -116,6 +116,18 @@ def test_the_standard_adapters_have_as_many_parameters():
     assert options["middle"] == min(off, key=off.get) and min(off.values()) < 0.04 * low_rank
 
 
+@pytest.mark.parametrize(("arm", "option", "near"), [("lst", "narrower", (10, 40)), ("losa", "rank", (17, 19))])
+def test_the_neighbours_have_as_many_parameters(arm, option, near):
+    """The next width on either side is further off."""
+    method, options = parse_method(ARMS[arm].spec)
+    ours = trainable_parameters(build_backbone("e3va", "swin_nano", rank=2))
+    off = [
+        abs(trainable_parameters(build_backbone(method, "swin_nano", **{option: value})) - ours)
+        for value in (options[option], *near)
+    ]
+    assert off[0] == min(off) < 0.12 * ours
+
+
 def test_heads_learn_at_one_rate_in_all_arms_of_a_study():
     def rates(arm, lr):
         recipe = experiment.Run("detection", arm, "test", lr, 0).recipe()
