@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from test_fast import gradients, relative
 from test_gradients import caught
+from test_neighbours import WithGraph
 from timm.models.eva import Eva
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import VisionTransformer
@@ -18,7 +19,6 @@ from e3va_lite import InputError, assert_isolated, build_backbone, dinov3, swin_
 from e3va_lite.backbones import FAMILIES, backbone_names, create_trunk
 from e3va_lite.costs import memory_of, with_method
 from e3va_lite.engine import build_optimizer
-from e3va_lite.gradients import random_functional
 from e3va_lite.methods import METHODS, OTHERS
 from e3va_lite.recipe import load_recipe
 from e3va_lite.stream import run
@@ -277,24 +277,11 @@ def test_every_other_method_is_tried():
     assert {*EVERY, "peft_lora"} == {*METHODS, *OTHERS}
 
 
-def test_a_planted_leak_is_found(family):
-    """Tokens of the highway let into the stream."""
-    model = small(family, "e3va", memory="reference")
-    first, second = model.trunk.layers[-1].blocks[-1], model.adapters[-1][-1][0]
-    first.mlp.register_forward_pre_hook(lambda module, args: (args[0] + second.up.b.sum() * 0,))
-    with torch.enable_grad():
-        leaky = _WithGradients(model)
-    caught(leaky, torch.randn(1, 3, 64, 96), "mlp")
-
-
-class _WithGradients(nn.Module):
-    """The literal highway as it would be without ``no_grad``."""
-
-    def __init__(self, highway):
-        super().__init__()
-        self.highway, self.trunk = highway, highway.trunk
-
-    def forward(self, images):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch, "no_grad", torch.enable_grad)
-            return random_functional(self.highway(images))
+@pytest.mark.parametrize("method", ["e3va", "lst", "losa"])
+def test_a_planted_leak_is_found(family, method):
+    """A trained parameter let into the stream."""
+    model = small(family, method, **({"memory": "reference"} if method == "e3va" else {}))
+    trained = next(p for name, p in model.named_parameters() if p.requires_grad and name.startswith("norms."))
+    block = model.trunk.layers[-1].blocks[-1]
+    block.mlp.register_forward_pre_hook(lambda module, args: (args[0] + 0 * trained.sum(),))
+    caught(WithGraph(model), torch.randn(1, 3, 64, 96), "mlp")
