@@ -17,7 +17,7 @@ from .drawing import INK, LEGEND, NOTE, Picture, canvas
 from .errors import InputError
 from .gradpath import FIGURES, equations, on_meta
 from .highway import E3VA, STRUCTURES
-from .methods import METHODS, beside_block
+from .methods import METHODS, ThroughBackbone, beside_block
 from .paths import Block, Trace, trace
 from .plots import COLOURS, HIGHWAY
 from .swin import NANO
@@ -36,9 +36,12 @@ def save(folder: Path, methods: Iterable[str], name: str, size: tuple[int, int] 
         name: A Swin; ``size``: height and width of the one image, pixels.
 
     Raises:
-        InputError: For an unknown method, option or backbone.
+        InputError: For an unknown method, option or backbone, or one that the paper's figures do not show.
     """
     backbones = {spec: on_meta(spec, name, size)[0] for spec in methods}
+    for spec, backbone in backbones.items():
+        if not isinstance(backbone, ThroughBackbone | E3VA) or not isinstance(backbone.trunk, SwinTransformer):
+            raise InputError(f"figures are drawn for the paper's methods on a Swin, not for {spec} on {name}.")
     highways = {structure: on_meta(f"e3va:structure={structure}", name, size)[0] for structure in STRUCTURES}
     standard, image = on_meta("e3va:adapter=standard", name, size)
     adapters = {"standard": standard, "dual low-rank": highways["parallel"]}

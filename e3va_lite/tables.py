@@ -39,7 +39,7 @@ WHAT_IS_TRAINED = {
     "fixed": "nothing: neck and head only",
     "bitfit": 'every parameter with "bias" in its name, relative-position bias tables too',
     "norm": "every norm, with the FPN norms",
-    "partial1": "the last Swin block",
+    "partial1": "the last block",
     "adapter": "two adapters per block, middle dimension 64",
     "lora": "rank 64 on q and v",
     "adaptformer": "as adapter, beside attention and MLP, with a scale each",
