@@ -428,7 +428,8 @@ def reproduce(parts, quick, data, out, jobs, costs, device) -> None:
 @cli.command()
 @click.argument("lines", type=PATH)
 @click.option("--out", type=PATH, help="Folder for report.md, report.json and figures.  [default: beside LINES]")
-def report(lines, out) -> None:
+@click.option("--price", type=PATH, help="Of `e3va time --json`: what neighbours cost at full size, for a figure.")
+def report(lines, out, price) -> None:
     """What the runs in LINES say: tables beside the paper's, figures, and its claims with a verdict each."""
     from .lines import read_lines
     from .report import write
@@ -436,11 +437,21 @@ def report(lines, out) -> None:
     found = read_lines(lines)
     if not any(line.get("purpose") == "test" for line in found):
         raise InputError(f"'{lines}' holds no finished runs: 'e3va reproduce --out {lines}' makes them.")
+    costs = None if price is None else _price(price)
     out = out or lines.with_suffix("")
-    summary = write(found, out)
+    summary = write(found, out, costs)
     for claim in summary["claims"]:
         click.echo(f"{claim['verdict']:>9}: {claim['claim']} ({claim['study']})")
     click.echo(f"saved: the report in {out}")
+
+
+def _price(path: Path) -> dict:
+    try:
+        costs = json.loads(path.read_text())
+        [row["of_full"]["step"] for row in costs["rows"]]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise InputError(f"'{path}' is no output of 'e3va time --json' with full among its methods.") from error
+    return costs
 
 
 @cli.command()

@@ -214,6 +214,49 @@ def trade_offs(studies: dict, metrics: dict[str, str]) -> Figure | None:
     return figure
 
 
+def neighbours_figure(arms: dict, costs: dict) -> Figure | None:
+    """Accuracy in miniature over the price at full size and over trained parameters, a point with its interval per way.
+
+    Args:
+        arms: A study of :func:`e3va_lite.report.summarise`.
+        costs: Of :func:`e3va_lite.costs.time_table`. Its rows stand for the arms of the same method; checkpointing
+            changes the price alone.
+
+    Returns:
+        None where fewer than two of them were run.
+    """
+    named = [(row, row["method"].partition(":")[0]) for row in costs["rows"]]
+    found = [(row, name, arms[name]) for row, name in named if name in arms]
+    if len(found) < 2:
+        return None
+    settings = costs["settings"]
+    model = f"{settings['backbone']}, {settings['size'][0]}x{settings['size'][1]}"
+    panels = (
+        (f"peak of a training step, of full\n({model})", lambda row, arm: row["of_full"]["peak"]),
+        (f"time of a training step, of full\n({model})", lambda row, arm: row["of_full"]["step"]),
+        ("trained in the backbone, thousands\n(in miniature)", lambda row, arm: arm["trainable"] / 1e3),
+    )
+    sns.set_theme(style="white", font_scale=0.9)
+    figure = Figure(figsize=(13, 4.4), dpi=DPI)
+    axes = figure.subplots(1, 3, sharey=True)
+    for axis, (label, place) in zip(axes, panels, strict=True):
+        for row, name, arm in found:
+            again = "checkpointing" in row["method"]
+            style = {"fmt": MARKED[name], "color": colour(name), "mfc": "white" if again else colour(name)}
+            style["label"] = f"{name}, checkpointed" if again else name
+            axis.errorbar(place(row, arm), 100 * arm["mean"], 100 * arm["half"], ms=7, elinewidth=0.8, **style)
+        axis.set_xlabel(label, fontsize=9)
+        axis.set_xlim(left=0)
+        sns.despine(ax=axis)
+    axes[2].set_xscale("symlog", linthresh=10)
+    axes[2].set_xlim(-2, 2 * max(10.0, *(arm["trainable"] / 1e3 for _, _, arm in found)))  # room at both ends
+    axes[0].set_ylabel("AP at IoU .5 in miniature, %", fontsize=9)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=len(found), frameon=False, fontsize=9)
+    figure.tight_layout(rect=(0, 0.08, 1, 1))
+    return figure
+
+
 def _styles(names: list[str]) -> list[dict]:
     """Colours and dashes that tell methods of one colour apart."""
     dashes = ("-", "--", ":", "-.")

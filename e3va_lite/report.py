@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .experiment import ABLATIONS, ARMS, CONTROLS, LARGER, METHODS, NEIGHBOURS, PAPERS_WIDTHS, STUDIES, chosen_rate
-from .plots import trade_offs
+from .plots import neighbours_figure, trade_offs
 from .significance import LEVEL, Difference, difference, holm, interval
 from .tables import printed
 
@@ -375,12 +375,18 @@ def claim_table(claims: list[dict]) -> str:
 probability of 80 %. p-values are two-sided, corrected after Holm."""
 
 
-def write(lines: list[dict], folder: Path) -> dict:
-    """``report.md``, ``report.json`` and the figures into a folder; the summary."""
+def write(lines: list[dict], folder: Path, costs: dict | None = None) -> dict:
+    """``report.md``, ``report.json`` and the figures into a folder; the summary.
+
+    Args:
+        costs: Of :func:`e3va_lite.costs.time_table`, what training costs at full size: for a figure of neighbours.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     summary = summarise(lines)
     (folder / "report.md").write_text(as_markdown(summary))
     (folder / "report.json").write_text(json.dumps(summary, indent=2) + "\n")
     if figure := trade_offs(summary["studies"], METRICS):
         figure.savefig(folder / "trade-offs.png")
+    if costs and (figure := neighbours_figure(summary["studies"].get("longer", {}), costs)):
+        figure.savefig(folder / "neighbours.png")
     return summary

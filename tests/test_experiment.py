@@ -28,6 +28,7 @@ from e3va_lite.experiment import (
 from e3va_lite.lines import read_lines
 from e3va_lite.methods import METHODS as WAYS
 from e3va_lite.methods import build_backbone, parse_method
+from e3va_lite.plots import neighbours_figure
 from e3va_lite.recipe import load_recipe
 from e3va_lite.tables import trainable_parameters
 
@@ -311,6 +312,34 @@ def test_the_report_says_what_the_lines_say(tmp_path):
     summary = json.loads((tmp_path / "report" / "report.json").read_text())
     assert summary["studies"]["detection"]["e3va"]["mean"] == pytest.approx(0.31)
     assert (tmp_path / "report" / "trade-offs.png").stat().st_size > 10_000
+
+
+PRICE = Path(__file__).parents[1] / "data" / "results" / "neighbours-time-swin-l.json"
+
+
+def test_neighbours_are_drawn_over_their_price(tmp_path):
+    ways = ("full", "fixed", "e3va", "lst", "losa", "lora")
+    lines = run_lines({("longer", way): [0.1 * i, 0.1 * i + 0.02] for i, way in enumerate(ways, start=1)})
+    arms = report.summarise(lines)["studies"]["longer"]
+    costs = json.loads(PRICE.read_text())
+    memory, time, trained = neighbours_figure(arms, costs).axes
+    peaks = {row["method"].partition(":")[0]: row["of_full"]["peak"] for row in costs["rows"][::-1]}
+    drawn = {line.get_label(): line.lines[0].get_xydata()[0] for line in memory.containers}
+    assert drawn.keys() == {*ways, "lora, checkpointed"}
+    for i, way in enumerate(ways, start=1):
+        assert drawn[way] == pytest.approx([peaks[way], 100 * (0.1 * i + 0.01)])
+    assert drawn["lora, checkpointed"][1] == drawn["lora"][1] and drawn["lora, checkpointed"][0] < drawn["lora"][0]
+    assert neighbours_figure({}, costs) is None and all(axis.get_xlabel() for axis in (memory, time, trained))
+
+    (tmp_path / "runs.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    words = ["report", str(tmp_path / "runs.jsonl"), "--price"]
+    done = CliRunner().invoke(cli, [*words, str(PRICE)])
+    assert done.exit_code == 0 and (tmp_path / "runs" / "neighbours.png").stat().st_size > 10_000
+    for wrong in ("nothing.json", "runs.jsonl"):
+        result = CliRunner().invoke(cli, [*words, str(tmp_path / wrong)])
+        assert isinstance(result.exception, InputError) and "is no output of 'e3va time --json'" in str(
+            result.exception
+        )
 
 
 def test_a_way_of_tuning_trains_another_number_in_each_task():
