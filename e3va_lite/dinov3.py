@@ -6,7 +6,7 @@ import timm
 from timm.models.eva import Eva, EvaBlock
 from torch import Tensor
 
-from .swin import from_timm
+from .hub import from_timm
 from .trunk import FPNNorms, embed, f_p1, f_p2, fpn_norms
 from .vit import PyramidNorms, as_trunk, lay_out, patches, rows_of, take_up
 

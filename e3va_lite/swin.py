@@ -18,6 +18,7 @@ from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, 
 from torch import Tensor, nn
 
 from .errors import InputError, unknown
+from .hub import from_timm
 from .trunk import embed, f_p1, f_p2
 from .weights import load_weights
 
@@ -27,9 +28,6 @@ MIN_SIZE = 32  # pixels: below this the last stage has less than one token
 NANO = {"embed_dim": 40, "depths": (2, 2, 2, 2), "num_heads": (1, 2, 4, 8), "window_size": 7, "weight_init": "jax"}
 MINIATURES = {"swin_nano": NANO, "swin_nano_deep": NANO | {"depths": (2, 6, 2, 2)}}
 PRETRAINED = Path(__file__).parent / "pretrained"  # where theirs are, each as NAME.safetensors with a card beside it
-
-# timm's plain names mean weights that were fine-tuned on ImageNet-1K; the paper starts from ImageNet-22K.
-PAPER_TAG = ".ms_in22k"
 
 
 def swin_names() -> list[str]:
@@ -67,28 +65,6 @@ def create_swin(
     if weights is not None:
         load_weights(swin, weights)
     return swin
-
-
-def from_timm(name: str, pretrained: bool, options: dict) -> nn.Module:
-    """timm's model of that name.
-
-    Raises:
-        InputError: For a pretraining tag that there is not, or a hub that cannot be reached.
-    """
-    if "." not in name and name + PAPER_TAG in timm.list_pretrained(name + ".*"):
-        name += PAPER_TAG
-    try:
-        return timm.create_model(name, pretrained=pretrained, **options)
-    except RuntimeError as error:
-        if not str(error).startswith("Invalid pretrained tag"):
-            raise
-        tags = [known.split(".")[1] for known in timm.list_pretrained(name.split(".")[0] + ".*")]
-        raise unknown("pretraining tag", name.split(".", 1)[1], tags) from error
-    except OSError as error:  # huggingface_hub's and urllib's errors are all of this family
-        raise InputError(
-            f"the weights of '{name}' could not be fetched from timm's hub ({type(error).__name__}): check the "
-            "network, or download them elsewhere and pass the file with --weights."
-        ) from error
 
 
 def image_size(text: str) -> tuple[int, int]:

@@ -10,7 +10,8 @@ import timm
 from timm.models.swin_transformer_v2 import SwinTransformerV2, SwinTransformerV2Block
 from torch import Tensor, nn
 
-from .swin import embed_patches, from_timm, in_windows
+from .hub import from_timm
+from .swin import embed_patches, in_windows
 from .trunk import embed, f_p1, f_p2
 from .weights import load_weights
 

@@ -16,7 +16,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from .errors import InputError
-from .swin import from_timm
+from .hub import from_timm
 from .trunk import FPNNorms, embed, f_p1, f_p2, fpn_norms
 from .weights import load_weights
 
