@@ -183,7 +183,7 @@ class RepairedA(SuspectA):
         "repaired_B": """
 class RepairedB(SuspectB):
     def freeze(self):
-        from e3va_lite.swin import freeze
+        from e3va_lite.trunk import freeze
 
         freeze(self.trunk)
 """,
