@@ -111,15 +111,9 @@ def _small(block: nn.Module, width: int) -> nn.Module:
     """A new block like this one, but so wide."""
     heads = block.attn.num_heads
     if isinstance(block, SwinTransformerBlock | SwinTransformerV2Block):
-        shift = block.shift_size
+        windows = {"window_size": block.window_size, "shift_size": block.shift_size}
         return SwinTransformerBlock(
-            width,
-            block.window_size,
-            heads,
-            window_size=block.window_size,
-            shift_size=shift,
-            always_partition=True,
-            dynamic_mask=True,
+            width, block.window_size, heads, **windows, always_partition=True, dynamic_mask=True
         )
     small = Block(width, heads, qkv_bias=True)
     small.prefix = block.prefix

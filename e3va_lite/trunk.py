@@ -65,7 +65,7 @@ class FPNNorms(nn.ModuleDict):
         stages: The stages whose maps are normed.
         out_channels: Channels of each map for the neck.
         strides: Pixels per step of each map for the neck.
-        divisor: Images of which sides are computed without padding inside.
+        divisor: What a task pads the sides of its images to a multiple of.
     """
 
     def __init__(self, trunk: nn.Module, stages: tuple[int, ...], trainable: bool) -> None:
@@ -89,7 +89,7 @@ class FPNNorms(nn.ModuleDict):
 
 def is_neck(name: str) -> bool:
     """Whether a parameter of that name, although inside a backbone, is part of a pyramid, which stands for the neck."""
-    return ".pyramid." in name
+    return "norms.pyramid." in name
 
 
 def to_nchw(x: Tensor) -> Tensor:

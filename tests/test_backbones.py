@@ -29,21 +29,18 @@ SMALL = {
     "swin_v2": (
         SwinTransformerV2,
         swin_v2,
-        swin_v2.create_swin_v2,
         {"embed_dim": 24, "depths": (1, 2, 2, 1), "num_heads": (2, 2, 4, 4), "window_size": 8, "img_size": 256},
         {"strict_img_size": False, "always_partition": True},
     ),
     "dinov2": (
         VisionTransformer,
         vit,
-        vit.create_vit,
         {"img_size": 56, "patch_size": 14, "embed_dim": 32, "depth": 3, "num_heads": 2, "reg_tokens": 4},
         {"init_values": 0.5, "dynamic_img_size": True},
     ),
     "dinov3": (
         Eva,
         dinov3,
-        dinov3.create_dinov3,
         {"img_size": 64, "patch_size": 16, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_reg_tokens": 4},
         {"qkv_bias": True, "init_values": 0.5, "dynamic_img_size": True, "use_abs_pos_emb": False}
         | {"rope_type": "dinov3", "use_rot_pos_emb": True, "rope_rotate_half": True},
@@ -62,7 +59,7 @@ OPTIONS = {
 
 def timms(family):
     """timm's model as it is, with weights that are not what they were when new (V2's norms begin at zero)."""
-    cls, _, _, sizes, options = SMALL[family]
+    cls, _, sizes, options = SMALL[family]
     torch.manual_seed(0)
     model = cls(**sizes, **options, num_classes=0).eval()
     with torch.no_grad():
@@ -74,7 +71,7 @@ def timms(family):
 @pytest.fixture(params=SMALL)
 def family(request, monkeypatch):
     """A family whose models are small ones."""
-    _, module, _, _, _ = SMALL[request.param]
+    _, module, _, _ = SMALL[request.param]
     monkeypatch.setattr(module, "from_timm", lambda *arguments: timms(request.param))
     return request.param
 
