@@ -139,7 +139,7 @@ def test_heads_learn_at_one_rate_in_all_arms_of_a_study():
     assert rates("fixed", 3e-5) == (3e-5, 3e-5)  # what it chooses is the rate of the heads
 
 
-@pytest.mark.parametrize("study", ["detection", "segmentation"])
+@pytest.mark.parametrize("study", ["detection", "segmentation", "instances"])
 def test_the_rate_of_heads_is_one_that_the_frozen_backbone_chooses(study):
     """By the committed runs, no other rate is better by half a point on the scenes to choose on."""
     lines = read_lines(Path(__file__).parents[1] / "data" / "results" / "reproduce.jsonl")
