@@ -17,6 +17,7 @@ from pathlib import Path
 
 from .experiment import ABLATIONS, ARMS, CONTROLS, LARGER, METHODS, NEIGHBOURS, PAPERS_WIDTHS, STUDIES, chosen_rate
 from .plots import neighbours_figure, trade_offs
+from .recipe import load_recipe
 from .significance import LEVEL, Difference, difference, holm, interval
 from .tables import printed
 
@@ -225,7 +226,7 @@ def judged(claims: Iterable[Claim], studies: dict[str, dict]) -> list[dict]:
 def as_markdown(summary: dict) -> str:
     """The report: tables beside the paper's, then the claims."""
     studies = summary["studies"]
-    parts = ["# The paper in miniature", _setting(summary)]
+    parts = ["# The paper in miniature", _setting(summary), _rates_of_heads(studies)]
     table1 = {study: PLACES[study] for study in ("detection", "segmentation", "few images")}
     parts += ["## Premises: pretraining matters here, and so does tuning", claim_table(summary["premises"])]
     parts += ["## Table 1: detection and segmentation", _methods(studies, table1)]
@@ -257,6 +258,20 @@ def _setting(summary: dict) -> str:
         "scenes: mean over seeds, half of the 95 % interval (Student's t), number of seeds. Learning rates were chosen "
         f"per method on other scenes. Diverged, counted as 0: {failed}."
     )
+
+
+def _rates_of_heads(studies: dict) -> str:
+    """How far the rate that neck and heads share suits a frozen backbone better or worse than the one it chose."""
+    said = []
+    for study, arms in studies.items():
+        if (fixed := arms.get("fixed")) is None:
+            continue
+        shared, own = load_recipe(STUDIES[study].recipe).head_lr, fixed["lr"]
+        said.append(f"{study} {shared:g}")
+        if own != shared and str(shared) in fixed["tried"]:
+            ahead = 100 * (fixed["tried"][str(own)] - fixed["tried"][str(shared)])
+            said[-1] += f" (`fixed` itself chose {own:g}, {ahead:.1f} points better on the scenes to choose on)"
+    return f"Neck and heads learn at one rate in all ways of tuning but `fixed`, which chooses it: {'; '.join(said)}."
 
 
 def _score(row: dict | None) -> str:

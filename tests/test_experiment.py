@@ -348,6 +348,19 @@ def test_a_way_of_tuning_trains_another_number_in_each_task():
     assert "| `e3va:rank=2` | 7,000 / 9,000 | 30.0" in report.as_markdown(report.summarise(lines))
 
 
+def test_the_report_says_where_the_heads_rate_is_not_the_frozen_backbones_own():
+    lines = run_lines({("few images", "fixed"): FIXED, ("detection", "fixed"): FIXED})
+    for x in lines:
+        if x["study"] == "few images" and x["purpose"] == "choose":
+            x["score"] = {1e-3: 0.5, 3e-3: 0.53}.get(x["lr"], 0.0)
+        elif x["study"] == "few images":
+            x["lr"] = 3e-3
+    said = (
+        "detection 0.001; few images 0.001 (`fixed` itself chose 0.003, 3.0 points better on the scenes to choose on)"
+    )
+    assert said in report.as_markdown(report.summarise(lines))
+
+
 def test_the_papers_numbers_beside_the_claims():
     papers = {(claim.text, claim.study): claim.printed() for claim in report.CLAIMS}
     assert papers["E3VA is better than a frozen backbone", "detection"] == "Table 1: 86.5 against 83.6"
