@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from . import fast
 from .adapters import LowRankAdapter, StandardAdapter
 from .errors import InputError, unknown
-from .trunk import embed, f_p1, f_p2, fpn_norms, freeze
+from .trunk import SideNetwork, embed, f_p1, f_p2
 
 # Figure 3 and the words around it. Each takes e, the taps f1 and f2 and the block's two adapters.
 STRUCTURES = {
@@ -32,7 +32,7 @@ STARTS = ("identity", "random")
 MEMORY = (*fast.WAYS, "reference")
 
 
-class E3VA(nn.Module):
+class E3VA(SideNetwork):
     """A frozen backbone and the highway beside it; maps of the highway go to the neck.
 
     Args:
@@ -53,9 +53,7 @@ class E3VA(nn.Module):
             If not given, ``compress`` where it can be.
 
     Attributes:
-        out_channels: Channels of each map.
-        strides: Pixels per step of each map.
-        divisor: See :class:`e3va_lite.trunk.FPNNorms`.
+        out_channels, strides, divisor: Of the maps, see :class:`e3va_lite.trunk.SideNetwork`.
         passed_by_design: The backbone's modules that the highway runs through although they belong to the stream:
             the inherited reductions. Gradients pass them; their parameters get none.
     """
@@ -74,7 +72,6 @@ class E3VA(nn.Module):
         start: str = "identity",
         memory: str | None = None,
     ) -> None:
-        super().__init__()
         if memory is None:
             memory = "compress" if structure == "parallel" else "reference"
         for kind, value, known in (
@@ -92,14 +89,10 @@ class E3VA(nn.Module):
                 f"memory={memory} needs the one gradient that parallel adapters share: with structure={structure} only "
                 "memory=reference is possible."
             )
-        self.trunk = freeze(trunk)
+        super().__init__(trunk, stages, fpn_norm_trainable)
         self.join = STRUCTURES[structure]
         self.fpn_input = fpn_input
         self.memory = memory
-        self.norms = fpn_norms(trunk, stages, fpn_norm_trainable)
-        self.last_stage = max(self.norms.stages)
-        self.out_channels, self.strides = self.norms.out_channels, self.norms.strides
-        self.divisor = self.norms.divisor
         sizes = (
             {"rank": rank, "middle": middle} if adapter == "low_rank" else {"middle": 32 if middle is None else middle}
         )
@@ -119,11 +112,6 @@ class E3VA(nn.Module):
     @property
     def passed_by_design(self) -> list[nn.Module]:
         return [] if self.reductions is not None else [stage.downsample for stage in self.trunk.layers]
-
-    def train(self, mode: bool = True) -> "E3VA":
-        super().train(mode)
-        self.trunk.eval()  # frozen is a mode too: no stochastic depth on the stream
-        return self
 
     def reduction(self, index: int) -> nn.Module:
         """What the highway passes before stage ``index`` (from 0); before the first it is the identity."""

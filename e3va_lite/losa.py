@@ -20,7 +20,7 @@ from timm.models.swin_transformer import window_partition, window_reverse
 from torch import Tensor, nn
 
 from .adapters import at_least_one
-from .trunk import embed, f_p1, f_p2, fpn_norms, freeze
+from .trunk import SideNetwork, embed, f_p1, f_p2
 
 WINDOW = 7  # tokens by tokens that are mixed with each other
 
@@ -55,7 +55,7 @@ class TokenMixer(nn.Module):
         return window_reverse(windows, (WINDOW, WINDOW), *x.shape[1:3])[:, :height, :width]
 
 
-class LoSA(nn.Module):
+class LoSA(SideNetwork):
     """A frozen backbone and the mixers beside it.
 
     Args:
@@ -69,13 +69,8 @@ class LoSA(nn.Module):
     """
 
     def __init__(self, trunk: nn.Module, stages: tuple[int, ...], rank: int, fpn_norm_trainable: bool) -> None:
-        super().__init__()
         at_least_one(rank=rank)
-        self.trunk = freeze(trunk)
-        self.norms = fpn_norms(trunk, stages, fpn_norm_trainable)
-        self.last_stage = max(self.norms.stages)
-        self.out_channels, self.strides = self.norms.out_channels, self.norms.strides
-        self.divisor = self.norms.divisor
+        super().__init__(trunk, stages, fpn_norm_trainable)
         kinds = (ChannelMixer, TokenMixer)
         self.mixers = nn.ModuleList(
             nn.ModuleList(kinds[i % 2](block.dim, rank) for i, block in enumerate(stage.blocks))
@@ -85,11 +80,6 @@ class LoSA(nn.Module):
     @property
     def passed_by_design(self) -> list[nn.Module]:
         return [stage.downsample for stage in self.trunk.layers]
-
-    def train(self, mode: bool = True) -> "LoSA":
-        super().train(mode)
-        self.trunk.eval()
-        return self
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) -> one map (B, C_i, ceil(H/s_i), ceil(W/s_i)) per consumed stage."""

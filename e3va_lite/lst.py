@@ -22,7 +22,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from .errors import InputError
-from .trunk import embed, f_p1, f_p2, fpn_norms, freeze, stage_dims
+from .trunk import SideNetwork, embed, f_p1, f_p2, stage_dims
 
 TEMPERATURE = 0.1
 
@@ -41,7 +41,7 @@ class Rung(nn.Module):
         return mu * self.down(l) + (1 - mu) * s
 
 
-class LST(nn.Module):
+class LST(SideNetwork):
     """A frozen backbone and the ladder beside it.
 
     Args:
@@ -55,12 +55,7 @@ class LST(nn.Module):
     """
 
     def __init__(self, trunk: nn.Module, stages: tuple[int, ...], narrower: int, fpn_norm_trainable: bool) -> None:
-        super().__init__()
-        self.trunk = freeze(trunk)
-        self.norms = fpn_norms(trunk, stages, fpn_norm_trainable)
-        self.last_stage = max(self.norms.stages)
-        self.out_channels, self.strides = self.norms.out_channels, self.norms.strides
-        self.divisor = self.norms.divisor
+        super().__init__(trunk, stages, fpn_norm_trainable)
         layers = trunk.layers[: self.last_stage]
         for block in (stage.blocks[0] for stage in layers):
             head = block.dim // block.attn.num_heads
@@ -79,11 +74,6 @@ class LST(nn.Module):
         for up in self.up.values():
             nn.init.zeros_(up.weight)
             nn.init.zeros_(up.bias)
-
-    def train(self, mode: bool = True) -> "LST":
-        super().train(mode)
-        self.trunk.eval()
-        return self
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) -> one map (B, C_i, ceil(H/s_i), ceil(W/s_i)) per consumed stage."""

@@ -15,6 +15,7 @@ A family of backbones is a file (:mod:`~e3va_lite.swin`, :mod:`~e3va_lite.swin_v
 """
 
 from functools import partial, singledispatch
+from typing import Self
 
 from torch import Tensor, nn
 
@@ -104,3 +105,32 @@ def fpn_norms(trunk: nn.Module, stages: tuple[int, ...], trainable: bool) -> FPN
         stages: The maps (from 1, the finest) that the task consumes.
     """
     return FPNNorms(trunk, stages, trainable)
+
+
+class SideNetwork(nn.Module):
+    """A frozen backbone, the norms before the neck and, in subclasses, what is trained beside the backbone.
+
+    Args:
+        trunk: The pretrained part; it is frozen here.
+        stages: The stages (from 1) whose maps the task consumes; norms exist for these only.
+        fpn_norm_trainable: Whether the norms before the neck are trained (Table 6).
+
+    Attributes:
+        last_stage: What lies behind it is not run.
+        out_channels: Channels of each map.
+        strides: Pixels per step of each map.
+        divisor: See :class:`FPNNorms`.
+    """
+
+    def __init__(self, trunk: nn.Module, stages: tuple[int, ...], fpn_norm_trainable: bool) -> None:
+        super().__init__()
+        self.trunk = freeze(trunk)
+        self.norms = fpn_norms(trunk, stages, fpn_norm_trainable)
+        self.last_stage = max(self.norms.stages)
+        self.out_channels, self.strides = self.norms.out_channels, self.norms.strides
+        self.divisor = self.norms.divisor
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        self.trunk.eval()  # frozen is a mode too: no stochastic depth on the stream
+        return self
