@@ -135,7 +135,7 @@ PARTS: dict[str, list[tuple[str, str]]] = {
 QUICK = [("quick", arm) for arm in CORE]
 
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-FIRST_RATES = RATES[4:6]  # of every arm; as long as the best is the lowest or highest tried, the next one is tried, too
+FIRST_RATES = RATES[3:6]  # of every arm; as long as the best is the lowest or highest tried, the next one is tried, too
 CHOOSE_SEED = 1000  # of the runs that choose; those that are judged have 0, 1, ...
 # Judged runs per arm. By five seeds in the stained world (data/results/shapes-5-seeds.json), eight find what separates
 # E3VA from a frozen backbone after a correction for some thirty claims, and five do not.

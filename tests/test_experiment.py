@@ -56,7 +56,7 @@ def test_first_the_learning_rates():
 
 @pytest.mark.parametrize("best", [0, -1])
 def test_the_best_rate_has_worse_ones_on_both_sides(best):
-    low, high = FIRST_RATES[0], FIRST_RATES[-1]
+    low, _, high = FIRST_RATES
     scores = dict.fromkeys(FIRST_RATES, 0.2) | {FIRST_RATES[best]: 0.3}
     next_one = RATES[RATES.index(low) - 1] if best == 0 else RATES[RATES.index(high) + 1]
     assert wanted(chosen(scores)) == [("choose", next_one, CHOOSE_SEED)]
@@ -74,7 +74,7 @@ def test_of_equal_rates_the_lowest():
 
 
 def test_then_the_seeds():
-    lines = chosen({3e-4: 0.1, 1e-3: 0.3, 3e-3: 0.1})
+    lines = chosen(dict.fromkeys(FIRST_RATES, 0.1) | {1e-3: 0.3})
     lines += [line("test", 1e-3, 0, 0.3), line("test", 1e-3, 2)]  # one done, one under way
     assert wanted(lines) == [("test", 1e-3, seed) for seed in (1, 3, 4)]
     assert wanted(lines, [("detection", "fixed")])[0] == ("choose", FIRST_RATES[0], CHOOSE_SEED)
@@ -308,7 +308,7 @@ def test_the_report_says_what_the_lines_say(tmp_path):
     assert done.exit_code == 0, done.exception
     text = (tmp_path / "report" / "report.md").read_text()
     assert "| `e3va:rank=2` | 7 | 31.0 ± 12.7 (2) | 3 | 86.5 |" in text  # t(1) = 12.706, deviation 1.41 / sqrt 2
-    assert f"detection, e3va, lr {FIRST_RATES[0]}" in text and "a CPU" in text and "| full" not in text.split("## Table 2")[0]
+    assert "detection, e3va, lr 0.0003" in text and "a CPU" in text and "| full" not in text.split("## Table 2")[0]
     summary = json.loads((tmp_path / "report" / "report.json").read_text())
     assert summary["studies"]["detection"]["e3va"]["mean"] == pytest.approx(0.31)
     assert (tmp_path / "report" / "trade-offs.png").stat().st_size > 10_000
