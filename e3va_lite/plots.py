@@ -22,7 +22,7 @@ DPI = 150
 
 CATEGORY_COLOURS = dict(zip(CATEGORIES, ("#4c5b6b", "#c44e52", "#8172b3", "#e0a458", "#d9d9d9"), strict=True))
 # What the figures of the experiment show, and its shape, which differs within a colour: colours stand for families.
-MARKED = dict(zip((*METHODS, "lst", "losa", "fixed, norms trained", "from scratch"), "osv<>DhpXo^sPHdX", strict=True))
+MARKED = dict(zip((*METHODS, "lst", "losa", "fixed, norms trained", "from scratch"), "osv<>DhsXo^sPHdX", strict=True))
 TABLE_FIGURES = ("savings.png", "hours.png", "figure1.png")
 
 PANELS = (
