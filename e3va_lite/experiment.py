@@ -130,7 +130,7 @@ PARTS: dict[str, list[tuple[str, str]]] = {
     "larger": [(study, arm) for study in ("detection", "instances") for arm in LARGER],
     "widths": [("detection", arm) for arm in PAPERS_WIDTHS],
     "neighbours": [("longer", arm) for arm in ("lora", *NEIGHBOURS)],
-    "ablations": [("longer", arm) for arm in (*CORE, "fixed, norms trained", "e3va+", "e3va++", *ABLATIONS)],
+    "ablations": [("longer", arm) for arm in (*CORE, *CONTROLS, "e3va+", "e3va++", *ABLATIONS)],
 }
 QUICK = [("quick", arm) for arm in CORE]
 

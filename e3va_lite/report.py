@@ -124,8 +124,10 @@ def _claims() -> Iterator[Claim]:
 
 
 def _premises() -> Iterator[Claim]:
-    for study in ("detection", "segmentation", "instances"):
+    for study in ("detection", "segmentation", "instances", "longer"):
         yield Claim("A frozen pretrained backbone is better than training from scratch", study, "fixed", "from scratch")
+        text = "A pretrained backbone, fully tuned, is better than training from scratch"
+        yield Claim(text, study, "full", "from scratch")
         text = f"A frozen backbone leaves {100 * ROOM:.0f} points or more to full fine-tuning"
         yield Claim(text, study, "full", "fixed", ROOM)
 
