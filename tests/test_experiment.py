@@ -285,6 +285,7 @@ def test_premises_ask_for_room():
     room = "A frozen backbone leaves 5 points or more to full fine-tuning"
     assert found[room, "segmentation"] == "holds" and found[room, "detection"] == "undecided"
     assert found["A frozen pretrained backbone is better than training from scratch", "detection"] == "does not"
+    assert found["A pretrained backbone, fully tuned, is better than training from scratch", "detection"] == "does not"
 
 
 def test_many_claims_ask_for_more():
