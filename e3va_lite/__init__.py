@@ -6,12 +6,12 @@
 >>> e3va_lite.assert_isolated(backbone, images)
 """
 
+from .analysis.gradient_path import trace
+from .analysis.isolation import IsolationError, assert_isolated
+from .analysis.memory import ledger
 from .errors import InputError
-from .export import load_adapters
-from .gradients import IsolationError, assert_isolated
-from .memory import ledger
-from .methods import METHODS, build_backbone
-from .paths import trace
+from .methods.registry import METHODS, build_backbone
+from .training.export import load_adapters
 
 __all__ = [
     "METHODS",

@@ -73,8 +73,8 @@ settings = click.option(
 @as_json
 def params(backbone: str, as_json: bool) -> None:
     """Trainable parameters of all twelve methods, beside the paper's."""
-    from .tables import parameter_table
-    from .text import text_table
+    from .analysis.text import text_table
+    from .experiments.paper_tables import parameter_table
 
     table = parameter_table(backbone)
     if as_json:
@@ -111,10 +111,10 @@ def compare(methods, seeds, root, recipe, settings, data, out, mode, device, ove
 
     A comparison that was cut off goes on where it was when the same command is given again.
     """
-    from .compare import METHODS, as_text
-    from .compare import compare as run
-    from .costs import with_memory
-    from .plots import compare_figure
+    from .analysis.cost import with_memory
+    from .analysis.plots import compare_figure
+    from .experiments.compare import METHODS, as_text
+    from .experiments.compare import compare as run
 
     *files, partial = [out.with_name(out.name + ending) for ending in (".json", ".png", ".partial")]
     for file in files:
@@ -145,15 +145,15 @@ def gradpath(methods, backbone, size, figures, overwrite, as_json) -> None:
 
     Models are built without memory: any backbone and size will do.
     """
-    from .gradpath import FIGURES, METHODS, as_text, measure
-    from .swin import image_size
+    from .analysis.gradient_path_report import FIGURES, METHODS, as_text, measure
+    from .backbones.swin import image_size
 
     methods, pixels = methods or METHODS, image_size(size)
     for name in FIGURES if figures else ():
         _new(figures / name, overwrite)
     rows = [measure(spec, backbone, pixels) for spec in methods]
     if figures is not None:
-        from .diagrams import save
+        from .analysis.diagrams import save
 
         save(figures, methods, backbone, pixels)
     if as_json:
@@ -195,8 +195,8 @@ def _cost_options(batch: bool) -> Callable:
 
 def _costed(recipe, backbone, size, precision, settings, batch_size=None) -> tuple:
     """The recipe and the size."""
-    from .steps import training_size
-    from .swin import image_size
+    from .analysis.training_step import training_size
+    from .backbones.swin import image_size
 
     chosen = {"backbone": backbone, "precision": precision, "batch": batch_size}
     loaded = _recipe(recipe, (*settings, *(f"{key}={value}" for key, value in chosen.items() if value is not None)))
@@ -216,8 +216,8 @@ def memory(
     device, overwrite, as_json,
 ) -> None:  # fmt: skip
     """Where the memory of one training step goes: parameters, gradients, optimiser, activations, temporaries."""
-    from .costs import memory_table, memory_text, split_methods, with_memory
-    from .plots import memory_figure
+    from .analysis.cost import memory_table, memory_text, split_methods, with_memory
+    from .analysis.plots import memory_figure
 
     _new(figure, overwrite)
     loaded, size = _costed(recipe, backbone, size, precision, settings, batch_size)
@@ -238,7 +238,7 @@ def time(
     recipe, backbone, methods, size, precision, checkpointing, mode, settings, batch_size, rounds, device, as_json
 ) -> None:
     """Seconds of forward pass, backward pass and optimiser, all methods in turn; shares of full and fixed."""
-    from .costs import split_methods, time_table, time_text, with_memory
+    from .analysis.cost import split_methods, time_table, time_text, with_memory
 
     loaded, size = _costed(recipe, backbone, size, precision, settings, batch_size)
     specs = with_memory(split_methods(methods), mode)
@@ -257,9 +257,9 @@ def time(
 @as_json
 def fit(recipe, backbone, methods, size, precision, checkpointing, mode, settings, gpu, overhead, as_json) -> None:
     """Will it fit? The largest batch of each method on a card, by dry runs."""
-    from .costs import split_methods, with_memory
-    from .fit import MIB, fit_table, fit_text
-    from .tables import OVERHEAD
+    from .analysis.cost import split_methods, with_memory
+    from .analysis.fit_on_gpu import MIB, fit_table, fit_text
+    from .experiments.paper_tables import OVERHEAD
 
     loaded, size = _costed(recipe, backbone, size, precision, settings)
     spent = OVERHEAD if overhead is None else overhead * MIB
@@ -277,8 +277,8 @@ def fit(recipe, backbone, methods, size, precision, checkpointing, mode, setting
 @as_json
 def tables(numbers, times, figures, overwrite, as_json) -> None:
     """The paper's Tables 1 to 4 beside ours: printed value, our value, difference, and how ours was obtained."""
-    from .plots import TABLE_FIGURES, table_figures
-    from .tables import TIMES, as_text, paper_tables
+    from .analysis.plots import TABLE_FIGURES, table_figures
+    from .experiments.paper_tables import TIMES, as_text, paper_tables
 
     for name in TABLE_FIGURES if figures else ():
         _new(figures / name, overwrite)
@@ -313,8 +313,8 @@ def _train_command(task: str, help: str) -> None:
     def command(
         root, recipe, method, backbone, mode, settings, out, resume, device, strict, overwrite, as_json
     ) -> None:
-        from . import distributed
-        from .runs import train as run
+        from .training import distributed
+        from .training.runs import train as run
 
         if resume and overwrite:
             raise InputError("--resume goes on with what is there and --overwrite removes it: give one of the two.")
@@ -344,8 +344,8 @@ _train_command("ade20k", "UPerNet on ADE20K, or on any folder of images and inde
 @as_json
 def evaluate(run, root, split, best, weights, device, strict, as_json) -> None:
     """Evaluate the folder RUN that `e3va train` wrote, with the official metric of its task."""
-    from . import distributed
-    from .runs import evaluate_run
+    from .training import distributed
+    from .training.runs import evaluate_run
 
     result = evaluate_run(run, root, split, distributed.start(_device(device)), strict, best, weights)
     distributed.stop()
@@ -367,9 +367,9 @@ def predict(run, images, out, threshold, best, weights, device, overwrite) -> No
     The files are COCO results JSON and VOC text for boxes and masks, PNG for label maps. They hold everything; the
     pictures show what scores above the threshold.
     """
-    from .export import load_exported
-    from .predict import predict as draw
-    from .runs import open_run
+    from .training.export import load_exported
+    from .training.predict import predict as draw
+    from .training.runs import open_run
 
     trained = load_exported(run, weights) if run.is_file() else open_run(run, best, weights)
     out = out or (run.with_suffix("") if run.is_file() else run) / "predictions"
@@ -387,7 +387,7 @@ def predict(run, images, out, threshold, best, weights, device, overwrite) -> No
 @weights_option
 def export(run, out, backbone_only, best, weights) -> None:
     """Write what RUN trained as one small file that goes beside the pretrained weights again."""
-    from .export import export as write
+    from .training.export import export as write
 
     out = out or run / "export.safetensors"
     click.echo(f"saved: {out}, {write(run, out, backbone_only, best, weights) / 1e6:.2f} MB")
@@ -408,8 +408,8 @@ def reproduce(parts, quick, data, out, jobs, costs, device) -> None:
     cores. Stop it whenever you want: the same command goes on with the runs that are missing. `e3va report` says what
     came out.
     """
-    from .experiment import PARTS, QUICK, measure_costs, run_experiment
-    from .lines import append_line, read_lines
+    from .experiments.jsonl import append_line, read_lines
+    from .experiments.miniature import PARTS, QUICK, measure_costs, run_experiment
 
     for part in parts:
         if part not in PARTS:
@@ -431,8 +431,8 @@ def reproduce(parts, quick, data, out, jobs, costs, device) -> None:
 @click.option("--price", type=PATH, help="Of `e3va time --json`: what neighbours cost at full size, for a figure.")
 def report(lines, out, price) -> None:
     """What the runs in LINES say: tables beside the paper's, figures, and its claims with a verdict each."""
-    from .lines import read_lines
-    from .report import write
+    from .experiments.jsonl import read_lines
+    from .experiments.report import write
 
     found = read_lines(lines)
     if not any(line.get("purpose") == "test" for line in found):
@@ -470,7 +470,7 @@ def pretrain(backbone, out, steps, batch, lr, seed, workers, device, overwrite, 
 
     Goes on where it was cut off.
     """
-    from .pretrain import pretrain as run
+    from .experiments.pretrain import pretrain as run
 
     out = out or Path("data/pretrain") / f"{backbone}.safetensors"
     card = run(backbone, out, steps, batch, lr, seed, workers, str(_device(device)), overwrite)
@@ -511,8 +511,8 @@ def check(recipe, root, settings, shown) -> None:
 
     Exit status 1 if training would stop at something; what training would only leave out, or not mind, is printed too.
     """
-    from .datasets.problems import report
-    from .tasks import task_module
+    from .datasets.check import report
+    from .tasks.registry import task_module
 
     loaded = _recipe(recipe, settings)
     fatal = False
@@ -526,7 +526,7 @@ def check(recipe, root, settings, shown) -> None:
 
 
 def _recipe(name: str, settings: tuple[str, ...], task: str | None = None):
-    from .recipe import load_recipe
+    from .recipes.schema import load_recipe
 
     pairs = [setting.partition("=") for setting in settings]
     for setting, (_, equals, _) in zip(settings, pairs, strict=True):

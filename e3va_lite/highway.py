@@ -14,10 +14,10 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from . import fast
 from .adapters import LowRankAdapter, StandardAdapter
+from .backbones.base import SideNetwork, embed, f_p1, f_p2
 from .errors import InputError, unknown
-from .trunk import SideNetwork, embed, f_p1, f_p2
+from .fused import highway as fused
 
 # Figure 3 and the words around it. Each takes e, the taps f1 and f2 and the block's two adapters.
 STRUCTURES = {
@@ -29,7 +29,7 @@ ADAPTERS = {"low_rank": LowRankAdapter, "standard": StandardAdapter}
 REDUCTIONS = ("inherited", "trainable")
 FPN_INPUTS = ("e", "e+l")
 STARTS = ("identity", "random")
-MEMORY = (*fast.WAYS, "reference")
+MEMORY = (*fused.WAYS, "reference")
 
 
 class E3VA(SideNetwork):
@@ -48,12 +48,12 @@ class E3VA(SideNetwork):
         fpn_input: What the norms see: the highway ``e``, or ``e+l``.
         start: New adapters are the identity, or, with ``random``, their outer factors are random like the inner ones.
         memory: How a parallel highway is computed: ``store``, ``compress`` or ``recompute`` say what happens to the
-            taps until the backward pass, see :mod:`e3va_lite.fast`; ``reference`` computes equations (7) and (8)
-            word for word and leaves the rest to autograd, and is the only way for ``stacked`` and ``chained``.
+            taps until the backward pass, see :mod:`e3va_lite.fused.highway`; ``reference`` computes equations (7) and
+            (8) word for word and leaves the rest to autograd, and is the only way for ``stacked`` and ``chained``.
             If not given, ``compress`` where it can be.
 
     Attributes:
-        out_channels, strides, divisor: Of the maps, see :class:`e3va_lite.trunk.SideNetwork`.
+        out_channels, strides, divisor: Of the maps, see :class:`e3va_lite.backbones.base.SideNetwork`.
         passed_by_design: The backbone's modules that the highway runs through although they belong to the stream:
             the inherited reductions. Gradients pass them; their parameters get none.
     """
@@ -124,7 +124,7 @@ class E3VA(SideNetwork):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) -> one map (B, C_i, ceil(H/s_i), ceil(W/s_i)) per consumed stage."""
-        return self.reference(images) if self.memory == "reference" else fast.run(self, images)
+        return self.reference(images) if self.memory == "reference" else fused.run(self, images)
 
     def reference(self, images: Tensor) -> list[Tensor]:
         """The same, equations (7) and (8) word for word."""

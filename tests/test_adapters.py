@@ -3,7 +3,7 @@ import torch
 
 from e3va_lite import InputError
 from e3va_lite.adapters import KernelAdapter, LowRankAdapter, LowRankLinear, QVUpdate, StandardAdapter
-from e3va_lite.methods import ScaledAdapter
+from e3va_lite.methods.inside import ScaledAdapter
 
 NEW = [
     lambda: LowRankAdapter(48, rank=4),

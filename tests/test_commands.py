@@ -9,8 +9,8 @@ from PIL import Image
 
 from e3va_lite import InputError, cli, load_adapters
 from e3va_lite.datasets.shapes import write_scenes
-from e3va_lite.engine import build_model
-from e3va_lite.recipe import load_recipe
+from e3va_lite.recipes.schema import load_recipe
+from e3va_lite.training.engine import build_model
 
 TINY = {"batch": 2, "steps": 2, "workers": 0}
 BOXES = {"min_size": 64, "max_size": 64, "fpn_channels": 16}

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from course_answers import Wrong
 
-from e3va_lite import fit
+from e3va_lite.analysis import fit_on_gpu
+from tests.course_answers import Wrong
 
 COURSE = Path(__file__).parent.parent / "notebooks" / "course"
 ASSIGNMENTS = sorted(path.name for path in (COURSE / "source").iterdir() if path.is_dir())
-ANSWERS = {name: importlib.import_module(f"course_answers.a{name}") for name in ASSIGNMENTS}
+ANSWERS = {name: importlib.import_module(f"tests.course_answers.a{name}") for name in ASSIGNMENTS}
 
 pytestmark = pytest.mark.filterwarnings("ignore:Object of type")  # nbgrader's use of sqlalchemy
 
@@ -85,7 +85,7 @@ def _quick_dry_runs(monkeypatch):
         method = f"{recipe.method}:{options}" if options else recipe.method
         return ANSWERS["5_fit"].PEAKS[method][batch - 1] * 2**20
 
-    monkeypatch.setattr(fit, "dry_peak", dry_peak)
+    monkeypatch.setattr(fit_on_gpu, "dry_peak", dry_peak)
 
 
 @pytest.mark.slow
@@ -142,7 +142,7 @@ def test_the_times_to_choose_from_are_the_committed_ones():
     rows = json.loads((COURSE.parents[1] / "data" / "results" / "price-swin-l.json").read_text())["rows"]
     measured = {row["method"].replace("e3va:memory=compress", "e3va"): row for row in rows}
     for row in names["ROWS"]:
-        assert row["peak"] == round(measured[row["method"]]["peak"] / fit.MIB)
+        assert row["peak"] == round(measured[row["method"]]["peak"] / fit_on_gpu.MIB)
         assert row["time"] == round(measured[row["method"]]["of_full"]["step"], 2)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from e3va_lite.swin import MINIATURES, PRETRAINED, create_swin
+from e3va_lite.backbones.swin import MINIATURES, PRETRAINED, create_swin
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -60,6 +60,6 @@ def test_no_tracked_file_is_large():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "e3va_lite" / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_recipe_loads(path):
-    from e3va_lite.recipe import load_recipe
+    from e3va_lite.recipes.schema import load_recipe
 
     assert load_recipe(path.stem) == load_recipe(str(path))

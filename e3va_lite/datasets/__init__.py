@@ -1,0 +1,1 @@
+"""The layouts of Pascal VOC, COCO and ADE20K: read, checked, and generated."""

@@ -31,7 +31,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ..errors import InputError
-from .problems import EXIF_ORIENTATION, SMALLEST, THINNEST, TURNED, UNREADABLE, Problem, image_problems, repeated
+from .check import EXIF_ORIENTATION, SMALLEST, THINNEST, TURNED, UNREADABLE, Problem, image_problems, repeated
 
 ZERO, OUTSIDE = "boxes of zero area, dropped", "boxes outside their image, dropped"
 REACHING, EMPTY = "boxes reaching out of their image, cut", "objects without a pixel in their mask, dropped"

@@ -1,7 +1,7 @@
 """Outlines and textures: what every generated image here is made of.
 
 An outline is a polygon in the unit square [-1, 1]^2 (y down), a texture a two-coloured pattern. Pretraining images
-(``pretrain.py``) and downstream scenes (``shapes.py``) share this vocabulary and look different otherwise.
+(``experiments/pretrain.py``) and downstream scenes (``shapes.py``) share this vocabulary and look different otherwise.
 """
 
 import numpy as np

@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ..errors import InputError, unknown
-from .problems import SMALLEST, THINNEST, UNREADABLE, Problem, image_problems, repeated
+from .check import SMALLEST, THINNEST, UNREADABLE, Problem, image_problems, repeated
 
 VOC_CLASSES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),

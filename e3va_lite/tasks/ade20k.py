@@ -9,11 +9,11 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..datasets.masks import VOID, BadMask, MaskFolder, class_names, find_files, label_table, possible_sizes, read_mask
-from ..datasets.problems import Problem, image_problems
-from ..mmseg import import_mmseg
-from ..recipe import ADE20KRecipe
-from .segmentation import build_upernet
+from ..datasets.ade20k import VOID, BadMask, MaskFolder, class_names, find_files, label_table, possible_sizes, read_mask
+from ..datasets.check import Problem, image_problems
+from ..datasets.mmseg import import_mmseg
+from ..recipes.schema import ADE20KRecipe
+from .upernet import build_upernet
 
 METRIC = "miou"
 metric = import_mmseg().evaluation.IoUMetric
@@ -27,12 +27,12 @@ def dataset(
     train: bool = False,
     strict: bool = False,
 ) -> MaskFolder:
-    """Images and label maps, see :class:`e3va_lite.datasets.masks.MaskFolder`."""
+    """Images and label maps, see :class:`e3va_lite.datasets.ade20k.MaskFolder`."""
     return MaskFolder(root, split, recipe, recipe.classes if classes is None else classes, train, strict)
 
 
 def model(recipe: ADE20KRecipe, backbone: nn.Module, num_classes: int) -> nn.Module:
-    """See :func:`e3va_lite.tasks.segmentation.build_upernet`."""
+    """See :func:`e3va_lite.tasks.upernet.build_upernet`."""
     return build_upernet(
         backbone,
         num_classes,

@@ -7,10 +7,10 @@ import numpy as np
 from pycocotools import mask as coco_mask
 from torch import nn
 
+from ..datasets.check import Problem
 from ..datasets.coco import COCOInstances, average_precision, category_names, find_problems
-from ..datasets.problems import Problem
 from ..errors import InputError
-from ..recipe import COCORecipe
+from ..recipes.schema import COCORecipe
 
 METRIC = "box_ap"
 
@@ -38,7 +38,7 @@ def dataset(
 
 def model(recipe: COCORecipe, backbone: nn.Module, num_classes: int) -> nn.Module:
     """The recipe's detector on a backbone."""
-    from .instances import build_cascade_mask_rcnn
+    from .cascade_mask_rcnn import build_cascade_mask_rcnn
 
     return build_cascade_mask_rcnn(
         backbone,

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ..datasets.problems import Problem
+from ..datasets.check import Problem
 from ..datasets.voc import VOCDetection, class_names, find_problems
 from ..errors import InputError
-from ..metrics import average_precision
-from ..recipe import VOCRecipe
-from .detection import build_retinanet
+from ..recipes.schema import VOCRecipe
+from .retinanet import build_retinanet
+from .voc_metric import average_precision
 
 METRIC = "ap50_11_point"
 
@@ -73,7 +73,7 @@ def model(recipe: VOCRecipe, backbone: nn.Module, num_classes: int) -> nn.Module
 
 
 def record(prediction: dict, target: dict) -> tuple[dict, dict]:
-    """One image's detections and truth, as :func:`e3va_lite.metrics.average_precision` wants them."""
+    """One image's detections and truth, as :func:`e3va_lite.tasks.voc_metric.average_precision` wants them."""
     detections = {key: prediction[key].cpu() for key in ("boxes", "scores", "labels")}
     return detections, {key: target[key] for key in ("boxes", "labels", "difficult")}
 

@@ -118,7 +118,7 @@ class RepairedE(SuspectE):
     },
     "the package's own walk": {
         "gradient_reaches": """
-from e3va_lite.gradients import producers, walk
+from e3va_lite.analysis.isolation import producers, walk
 
 
 def gradient_reaches(model, images):
@@ -183,7 +183,7 @@ class RepairedA(SuspectA):
         "repaired_B": """
 class RepairedB(SuspectB):
     def freeze(self):
-        from e3va_lite.trunk import freeze
+        from e3va_lite.backbones.base import freeze
 
         freeze(self.trunk)
 """,

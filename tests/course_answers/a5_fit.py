@@ -47,7 +47,7 @@ plan = dict(method="lora:checkpointing=true", batch=12)
     },
     "the package's own search": {
         "largest_batch": """
-from e3va_lite.fit import largest_batch as search
+from e3va_lite.analysis.fit_on_gpu import largest_batch as search
 
 
 def largest_batch(peak, available):

@@ -1,0 +1,312 @@
+"""Proof that no gradient reaches the backbone, for the models of this package and for anybody's own.
+
+``requires_grad=False`` alone proves little: a gradient may still pass through every frozen layer on its way to an
+adapter (that is what makes ordinary adapters expensive), and a flag can be wrong. So there are five proofs, none of
+which relies on another:
+
+1. after a backward pass, no parameter of the backbone has a ``.grad``;
+2. a walk of the autograd graph from the loss meets no parameter of the backbone, and no node that one of its modules
+   produced;
+3. in the backward pass, no operator takes both something computed from the loss's gradient and a weight of the
+   backbone: this looks into custom functions too, which are a single node to a walk of the graph;
+4. an optimiser that is given *every* parameter leaves the backbone equal bit for bit, and moves everything else;
+5. two passes in train mode compute the same stream.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from ..errors import InputError
+from .memory import LiveBytes
+
+SEED = 20241028  # of the random functional: one that nobody draws inputs with, else it could equal them
+STEPS = 3  # with a zero up-projection the down-projection moves at the second step; the third is for good measure
+
+
+class IsolationError(AssertionError):
+    """A gradient reaches, or can reach, the backbone; the message names the parameters and modules."""
+
+
+def assert_isolated(
+    model: nn.Module,
+    *inputs: object,
+    backbone: nn.Module | str | None = None,
+    loss: Callable[[object], Tensor] | None = None,
+) -> None:
+    """Prove in five ways that training ``model`` sends no gradient into ``backbone``.
+
+    The model is run in train mode a few times; its parameters, buffers, gradients and mode, and the random state of its
+    devices, are put back.
+
+    Args:
+        model: The model to be trained. Modules may have a ``passed_by_design`` attribute, a list of backbone modules
+            that a gradient may pass although their parameters get none (the highway's inherited reductions).
+        *inputs: What ``model`` is called with.
+        backbone: The part that has to stay untouched: a module of ``model`` or its name in it; the module called
+            ``trunk``, as every backbone of this package has one, if not given.
+        loss: Turns the model's output into a scalar. If not given, a random linear functional of all float tensors in
+            the output. (The mean square of LayerNormed maps, the obvious choice, is constant: its gradient is zero and
+            would prove anything.)
+
+    Raises:
+        IsolationError: Names every parameter and module that was reached.
+        InputError: When there is no such backbone, or nothing in the model is trainable.
+    """
+    backbone = find_backbone(model, backbone)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise InputError("nothing in the model is trainable, so there is nothing to prove.")
+    loss = loss or random_functional
+    with restored(model):
+        model.train()
+        findings = [
+            *parameters_with_grad(model, inputs, backbone, loss),
+            *reached_by_graph(model, inputs, backbone, loss),
+            *met_in_backward(model, inputs, backbone, loss),
+            *moved_by_optimizer(model, inputs, backbone, loss),
+            *not_repeatable(model, inputs, backbone),
+        ]
+    if findings:
+        raise IsolationError("the backbone is not isolated:\n  " + "\n  ".join(findings))
+
+
+def parameters_with_grad(model: nn.Module, inputs: tuple, backbone: nn.Module, loss: Callable) -> list[str]:
+    """Proof 1: after a backward pass, which backbone parameters have a gradient? None may."""
+    model.zero_grad(set_to_none=True)
+    loss(model(*inputs)).backward()
+    return [f"parameter {name} got a gradient" for name, p in _named(model, backbone) if p.grad is not None]
+
+
+def reached_by_graph(model: nn.Module, inputs: tuple, backbone: nn.Module, loss: Callable) -> list[str]:
+    """Proof 2: which backbone parameters and modules does a walk of the graph from the loss meet? None may.
+
+    Modules in some ``passed_by_design`` list are not counted, their parameters are.
+    """
+    guarded = stream(model, backbone)
+    with producers(model) as produced:
+        root = loss(model(*inputs)).grad_fn
+    parameters = {id(p): name for name, p in _named(model, backbone)}
+    findings = []
+    for node in walk(root):
+        if id(getattr(node, "variable", None)) in parameters:
+            findings.append(f"the graph ends in parameter {parameters[id(node.variable)]}")
+        if passed := [name for name in produced.get(node, ()) if name in guarded]:
+            findings.append(f"the graph passes module {passed[-1]}")
+    return sorted(set(findings))
+
+
+def met_in_backward(model: nn.Module, inputs: tuple, backbone: nn.Module, loss: Callable) -> list[str]:
+    """Proof 3: which weights of the backbone does a gradient meet in an operator of the backward pass? None may.
+
+    A gradient that goes on below a layer with weights has been multiplied by them, whoever wrote the backward pass.
+    Weights of modules in some ``passed_by_design`` list are not counted.
+    """
+    names = stream(model, backbone)
+    guarded = {id(t) for name, m in model.named_modules() if name in names for t in m.parameters(recurse=False)}
+    value = loss(model(*inputs))
+    gradient = torch.ones_like(value)
+    watch = _Meetings({name: p for name, p in model.named_parameters() if id(p) in guarded}, gradient)
+    try:
+        with watch:
+            value.backward(gradient)
+    finally:
+        watch.close()
+    return [f"a gradient meets parameter {name} in the backward pass" for name in sorted(watch.met)]
+
+
+class _Meetings(LiveBytes):
+    """Marks what is computed from a gradient, and names the weights that meet it; a mark is a storage's."""
+
+    def __init__(self, weights: dict[str, Tensor], gradient: Tensor) -> None:
+        super().__init__()
+        self.met: set[str] = set()
+        self._weights = {self.add(weight): name for name, weight in weights.items()}
+        self._marked = {self.add(gradient)}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        numbers = [self.add(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        marked = not self._marked.isdisjoint(numbers)
+        weights = [self._weights[n] for n in numbers if n in self._weights]
+        if marked:
+            self.met.update(weights)
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        for t in tree_leaves(result):
+            if isinstance(t, Tensor):
+                if marked:
+                    self._marked.add(self.add(t))
+                elif weights and len(weights) == len(numbers):  # a cast or another copy of weights is a weight
+                    self._weights.setdefault(self.add(t), weights[0])
+        return result
+
+
+def stream(model: nn.Module, backbone: nn.Module) -> set[str]:
+    """The names of the backbone's modules that no gradient may pass: all but those in some ``passed_by_design``."""
+    by_design = {part for m in model.modules() for top in getattr(m, "passed_by_design", ()) for part in top.modules()}
+    inside = set(backbone.modules()) - by_design
+    return {name for name, module in model.named_modules() if module in inside}
+
+
+@contextmanager
+def producers(model: nn.Module) -> Iterator[dict[object, list[str]]]:
+    """Inside, the forward pass is noted: graph node -> names of the modules whose output it is, the outermost last."""
+    produced: dict[object, list[str]] = {}
+
+    def remember(name: str) -> Callable:
+        def hook(module: nn.Module, args: tuple, output: object) -> None:
+            for t in tensors_in(output):
+                if t.grad_fn is not None:
+                    produced.setdefault(t.grad_fn, []).append(name)
+
+        return hook
+
+    handles = [module.register_forward_hook(remember(name)) for name, module in model.named_modules()]
+    try:
+        yield produced
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def moved_by_optimizer(model: nn.Module, inputs: tuple, backbone: nn.Module, loss: Callable) -> list[str]:
+    """Proof 4: what of the backbone do steps on *all* parameters change? Nothing may; what is trainable has to move.
+
+    Weight decay is zero: it would move a parameter without any gradient being involved.
+    """
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    # Adam's steps have the same length however small a gradient is: what has one moves visibly.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-15, weight_decay=0.0)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        loss(model(*inputs)).backward()
+        optimizer.step()
+    frozen = {name for name, _ in _named(model, backbone)}
+    findings = []
+    for name, p in model.named_parameters():
+        moved = not torch.equal(p, before[name])
+        if name in frozen and moved:
+            findings.append(f"parameter {name} was moved by the optimiser")
+        if name not in frozen and p.requires_grad and not moved:
+            findings.append(f"trainable parameter {name} did not move in {STEPS} steps")
+    return findings
+
+
+def not_repeatable(model: nn.Module, inputs: tuple, backbone: nn.Module) -> list[str]:
+    """Proof 5: which backbone modules give another output in a second pass in train mode? None may.
+
+    Stochastic depth or dropout left on, or batch statistics, show here: frozen is a mode and not only a flag.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    passes: list[list[tuple[str, Tensor]]] = []
+    handles = [
+        # A sum tells two maps apart; keeping the maps themselves would take the memory that isolation saves.
+        module.register_forward_hook(
+            lambda m, args, out: passes[-1].extend((names[m], t.detach().double().sum()) for t in tensors_in(out))
+        )
+        for module in backbone.modules()
+    ]
+    buffers = {name: b.clone() for name, b in backbone.named_buffers()}
+    try:
+        for _ in range(2):
+            passes.append([])
+            with torch.no_grad():
+                model(*inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    first, second = passes
+    findings = [f"module {a} is not repeatable in train mode" for (a, x), (_, y) in zip(first, second) if x != y]  # noqa: B905
+    findings += [f"buffer {n} of the backbone changed" for n, b in backbone.named_buffers() if not b.equal(buffers[n])]
+    return list(dict.fromkeys(findings))[:10]  # everything behind the first random module differs too
+
+
+def random_functional(output: object) -> Tensor:
+    """The same random linear functional at every call: sum of <w, t> over all float tensors t in ``output``, scaled."""
+    generator = torch.Generator().manual_seed(SEED)
+    terms = []
+    for t in tensors_in(output):
+        if t.is_floating_point():
+            w = torch.randn(t.shape, generator=generator, device="meta" if t.is_meta else "cpu").to(t)
+            terms.append((w * t).sum() / max(t.numel(), 1) ** 0.5)
+    return torch.stack(terms).sum()
+
+
+def tensors_in(value: object) -> Iterator[Tensor]:
+    """All tensors in nested lists, tuples and dicts."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from tensors_in(item)
+
+
+def walk(root: object, stops: frozenset = frozenset()) -> Iterator[object]:
+    """Every node of the autograd graph from ``root`` (a ``grad_fn``) on, each once; none behind one of ``stops``."""
+    seen, todo = {root}, [root]
+    while todo:
+        node = todo.pop()
+        yield node
+        for below in () if node in stops else next_nodes(node):
+            if below not in seen:
+                seen.add(below)
+                todo.append(below)
+
+
+def next_nodes(node: object) -> list[object]:
+    """Where a node of the graph hands its gradient, once per input: twice the same for ``x * x``."""
+    return [below for below, _ in node.next_functions if below is not None]
+
+
+def find_backbone(model: nn.Module, backbone: nn.Module | str | None) -> nn.Module:
+    """The frozen part: as given, by its name in the model, or the module called ``trunk``; InputError without one."""
+    modules = dict(model.named_modules())
+    if backbone is None:
+        found = [module for name, module in modules.items() if name.split(".")[-1] == "trunk"]
+        if not found:
+            raise InputError("name the frozen part: backbone=<a module of the model, or its name in it>.")
+        backbone = found[0]
+    elif isinstance(backbone, str):
+        if backbone not in modules:
+            raise InputError(f"the model has no module named '{backbone}'.")
+        backbone = modules[backbone]
+    elif backbone not in modules.values():
+        raise InputError("backbone is not a part of the model.")
+    return backbone
+
+
+def _named(model: nn.Module, backbone: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    inside = {id(p) for p in backbone.parameters()}
+    return [(name, p) for name, p in model.named_parameters() if id(p) in inside]
+
+
+@contextmanager
+def restored(model: nn.Module, parameters: bool = True) -> Iterator[None]:
+    """Put parameters (if something moves them), buffers, gradients, modes and the random state back, whatever happens.
+
+    The random state is that of the CPU and of the CUDA devices that hold parameters.
+    """
+
+    def tensors() -> dict[str, Tensor]:
+        return dict(model.named_buffers()) | (dict(model.named_parameters()) if parameters else {})
+
+    state = {name: t.detach().clone() for name, t in tensors().items()}
+    grads = {p: p.grad for p in model.parameters()}
+    modes = {module: module.training for module in model.modules()}
+    gpus = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    try:
+        with torch.random.fork_rng(devices=gpus):
+            yield
+    finally:
+        with torch.no_grad():
+            for name, t in tensors().items():
+                if not t.is_meta and not t.equal(state[name]):  # a write, even of the same, would spoil pending graphs
+                    t.copy_(state[name])
+        for p, grad in grads.items():
+            p.grad = grad
+        for module, mode in modes.items():
+            module.training = mode

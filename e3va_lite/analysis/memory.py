@@ -1,0 +1,287 @@
+"""The ledger: where the bytes of one training step are, and when.
+
+Every operator's outputs are watched, and a storage (the memory behind a tensor and its views) is counted once, from
+its birth to its death. The same count works on a CPU, which keeps none itself, on CUDA, and on torch's fake tensors,
+which have sizes and no memory. What a kernel allocates for itself while it runs is not seen; on CUDA the allocator's
+own peak, which holds that too, is reported.
+
+Each storage belongs to one category, known when the step is over:
+
+- ``parameters``: of the whole model, frozen or not, and its buffers;
+- ``gradients``: what is some parameter's ``.grad`` at the end of the backward pass;
+- ``optimizer``: the optimiser's state;
+- ``activations``: what else was made in the forward pass and is still there at its end, for the backward pass;
+- ``temporaries``: everything else: intermediate results, gradients on their way, and the batch itself.
+"""
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ..errors import InputError
+
+CATEGORIES = ("parameters", "gradients", "optimizer", "activations", "temporaries")
+PHASES = ("forward", "backward", "optimizer")
+CURVE_POINTS = 200  # of a curve as plain numbers: the most bytes in each of so many equal parts of the step's events
+WARMUP = 2  # steps on CUDA before the one that counts: libraries choose kernels and take workspaces in them
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Bytes of one training step.
+
+    Attributes:
+        curve: Per category the live bytes after every event, (events,) each; an event is a storage's birth or death.
+        ends: Per phase the number of events until its end.
+        by_module: Per module (``""`` is the model itself) the activations at the end of the forward pass; a storage
+            counts for the innermost module that was running when an operator kept it for the first time, or, where
+            none did in autograd's eyes (gradient checkpointing keeps inputs itself), when it was made.
+        allocated: On CUDA, the allocator's peak during the step, else None.
+        reserved: On CUDA, what the allocator had taken from the device, else None.
+    """
+
+    curve: dict[str, np.ndarray]
+    ends: dict[str, int]
+    by_module: dict[str, int]
+    allocated: int | None = None
+    reserved: int | None = None
+
+    @property
+    def total(self) -> np.ndarray:
+        """All live bytes after every event, (events,)."""
+        return sum(self.curve.values())
+
+    @property
+    def at_peak(self) -> dict[str, int]:
+        """Bytes per category when there were most in all; they add up to :attr:`peak`.
+
+        On CUDA the allocator has seen more than the count: the difference is with the temporaries.
+        """
+        most = int(self.total.argmax())
+        bytes_ = {name: int(values[most]) for name, values in self.curve.items()}
+        if self.allocated is not None:
+            bytes_["temporaries"] += self.allocated - sum(bytes_.values())
+        return bytes_
+
+    @property
+    def peak(self) -> int:
+        """The most bytes at any time of the step."""
+        return sum(self.at_peak.values())
+
+    @property
+    def largest(self) -> dict[str, int]:
+        """The most bytes of each category, each at its own time."""
+        return {name: int(values.max()) for name, values in self.curve.items()}
+
+    def as_row(self) -> dict:
+        """The books as plain numbers, bytes: categories at the peak, ``peak``, ``largest``, ``by_module`` in order of
+        size, ``curve``, and ``ends``: where in the curve the phases end, as fractions."""
+        parts = np.array_split(self.total, min(CURVE_POINTS, len(self.total)))
+        return {
+            **self.at_peak,
+            "peak": self.peak,
+            "largest": self.largest,
+            "by_module": dict(sorted(self.by_module.items(), key=lambda item: -item[1])),
+            "curve": [int(part.max()) for part in parts],
+            "ends": {phase: round(end / len(self.total), 4) for phase, end in self.ends.items()},
+        }
+
+
+class LiveBytes(TorchDispatchMode):
+    """Writes down birth and death of every storage while it is on.
+
+    Attributes:
+        sizes: Bytes of the storages in the order of their birth; ``born`` and ``died``: the event's number, -1 while
+            it lives; ``made``: the module that was running then.
+        kept: By a storage's number the module that was running when autograd kept it for the first time.
+        events: Number of births and deaths so far.
+        module: The module that is running.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes, self.born, self.died, self.made = [], [], [], []
+        self.kept: dict[int, str] = {}
+        self.events = 0
+        self.module = ""
+        self._number: dict[int, int] = {}  # of the living, by the storage's address
+        self._finalizers: list[weakref.finalize] = []
+
+    def add(self, tensor: Tensor) -> int:
+        """The number of a tensor's storage; it is born now if it was not known."""
+        storage = tensor.untyped_storage()
+        address = storage._cdata
+        if (number := self._number.get(address)) is None:
+            number = self._number[address] = len(self.sizes)
+            self.sizes.append(storage.nbytes())
+            self.born.append(self.events)
+            self.died.append(-1)
+            self.made.append(self.module)
+            self.events += 1
+            self._finalizers.append(weakref.finalize(storage, self._remove, address, number))
+        return number
+
+    def _remove(self, address: int, number: int) -> None:
+        del self._number[address]
+        self.died[number] = self.events
+        self.events += 1
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """Autograd keeps this tensor for the backward pass."""
+        self.kept.setdefault(self.add(tensor), self.module)
+        return tensor
+
+    def alive(self) -> list[int]:
+        """The numbers of the storages that live now."""
+        return list(self._number.values())
+
+    def close(self) -> None:
+        """Look at no storage any more."""
+        for finalizer in self._finalizers:
+            finalizer.detach()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for leaf in (result,) if isinstance(result, Tensor) else tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.add(leaf)
+        return result
+
+
+def ledger(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    forward: Callable[[], Tensor],
+    batch: Iterable[Tensor] = (),
+) -> Ledger:
+    """Keep the books of one training step: ``forward().backward()``, then ``optimizer.step()``.
+
+    The step is really done: parameters move as far as the optimiser's learning rate lets them. Gradients that the
+    parameters have are put aside and put back. The optimiser's state counts from the start, also where it comes to life
+    in this very step: every later step has it from the start.
+
+    Args:
+        model: What is trained; its parameters and buffers are counted.
+        optimizer: Of the model's parameters.
+        forward: The loss of a batch, a scalar.
+        batch: Tensors that live as long as the step: the images and targets.
+
+    Raises:
+        InputError: If the loss is no scalar that a gradient can start from.
+    """
+    device = next(model.parameters()).device
+    gradients = {p: p.grad for p in model.parameters()}
+    optimizer.zero_grad()
+    live = LiveBytes()
+    try:
+        for _ in range(WARMUP if device.type == "cuda" else 0):
+            _checked(forward()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        owned = {
+            "parameters": [live.add(t) for t in (*model.parameters(), *model.buffers())],
+            "optimizer": [live.add(t) for t in _state(optimizer)],
+        }
+        for tensor in batch:
+            live.add(tensor)
+        start = live.events - 1  # from here on something happens
+        if device.type == "cuda":
+            outside = torch.cuda.memory_allocated(device) - sum(live.sizes)
+            torch.cuda.reset_peak_memory_stats(device)
+        ends = {}
+        with live, _named_modules(model, live):
+            known = len(live.sizes)
+            with torch.autograd.graph.saved_tensors_hooks(live.keep, lambda tensor: tensor):
+                loss = _checked(forward())
+            kept = [number for number in live.alive() if number >= known]
+            ends["forward"] = live.events
+            loss.backward()
+            ends["backward"] = live.events
+            owned["gradients"] = [live.add(p.grad) for p in model.parameters() if p.grad is not None]
+            optimizer.step()
+            owned["optimizer"] += [live.add(t) for t in _state(optimizer)]
+            optimizer.zero_grad()
+            del loss
+            ends["optimizer"] = live.events
+        owned["activations"] = kept
+    finally:
+        live.close()
+        for p, gradient in gradients.items():
+            p.grad = gradient
+    allocated = reserved = None
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        allocated = torch.cuda.max_memory_allocated(device) - outside
+        reserved = torch.cuda.max_memory_reserved(device)
+    return _closed(live, owned, ends, start, allocated, reserved)
+
+
+def _closed(
+    live: LiveBytes, owned: dict[str, list[int]], ends: dict[str, int], start: int, *cuda: int | None
+) -> Ledger:
+    category = np.full(len(live.sizes), CATEGORIES.index("temporaries"))
+    for name in ("activations", "gradients", "optimizer", "parameters"):  # a later one has the last word
+        category[owned.get(name, [])] = CATEGORIES.index(name)
+    sizes, born, died = (np.array(x) for x in (live.sizes, live.born, live.died))
+    born[owned["optimizer"]] = np.minimum(born[owned["optimizer"]], start)
+    change = np.zeros((len(CATEGORIES), live.events), dtype=np.int64)
+    gone = died >= 0
+    np.add.at(change, (category, born), sizes)
+    np.subtract.at(change, (category[gone], died[gone]), sizes[gone])
+    by_module: dict[str, int] = {}
+    for number in np.flatnonzero(category == CATEGORIES.index("activations")).tolist():
+        module = live.kept.get(number, live.made[number])
+        by_module[module] = by_module.get(module, 0) + live.sizes[number]
+    return Ledger(
+        dict(zip(CATEGORIES, change.cumsum(axis=1)[:, start:], strict=True)),
+        {phase: end - start for phase, end in ends.items()},
+        by_module,
+        *cuda,
+    )
+
+
+def _state(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    return (value for values in optimizer.state.values() for value in values.values() if isinstance(value, Tensor))
+
+
+def _checked(loss: object) -> Tensor:
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+        what = f"{type(loss).__name__} {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise InputError(
+            f"the loss ({what}) does not require a gradient, or is no single number: something in the model has to be "
+            "trainable, and the loss has to depend on it."
+        )
+    return loss
+
+
+@contextmanager
+def _named_modules(model: nn.Module, live: LiveBytes) -> Iterator[None]:
+    """Inside, ``live.module`` is the name of the module whose forward is running."""
+    stack: list[str] = []
+    handles = []
+
+    def enter(name: str) -> Callable:
+        def hook(*_: object) -> None:
+            stack.append(live.module)
+            live.module = name
+
+        return hook
+
+    def leave(*_: object) -> None:
+        live.module = stack.pop()
+
+    for name, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(enter(name)))
+        handles.append(module.register_forward_hook(leave, always_call=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,347 @@
+"""Figures that can be read without the text around them.
+
+Every function returns a ``matplotlib.figure.Figure``: a notebook shows it, ``figure.savefig`` writes it.
+"""
+
+import re
+from collections.abc import Iterator
+
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ..methods.registry import METHODS
+from .memory import CATEGORIES, PHASES, Ledger
+
+#: The last for all that train inside the backbone.
+COLOURS = {"full": "#8c8c8c", "from scratch": "#8c8c8c", "fixed": "#7f9fcb", "adapter": "#e0a458"}
+COLOURS |= dict.fromkeys(("lst", "losa"), "#8f6bb3")
+HIGHWAY = "#2a7f62"
+MIB = 2**20
+DPI = 150
+
+CATEGORY_COLOURS = dict(zip(CATEGORIES, ("#4c5b6b", "#c44e52", "#8172b3", "#e0a458", "#d9d9d9"), strict=True))
+# What the figures of the experiment show, and its shape, which differs within a colour: colours stand for families.
+MARKED = dict(zip((*METHODS, "lst", "losa", "fixed, norms trained", "from scratch"), "osv<>DhsXo^sPHdX", strict=True))
+TABLE_FIGURES = ("savings.png", "hours.png", "figure1.png")
+
+PANELS = (
+    ("ap50", "AP at IoU .5", lambda row: row["ap50"], "{:.3f}", "higher is better"),
+    (
+        "trainable",
+        "Trained parameters of the backbone",
+        lambda row: row["trainable"] / 1e6,
+        "{:.2f} M",
+        "lower is better",
+    ),
+    (
+        "peak_bytes",
+        "Peak memory of a training step",
+        lambda row: row["peak_bytes"] / MIB,
+        "{:.0f} MiB",
+        "lower is better",
+    ),
+    ("step_seconds", "Time of a training step", lambda row: row["step_seconds"], "{:.2f} s", "lower is better"),
+)
+
+
+def colour(method: str) -> str:
+    """The method's colour in all figures."""
+    return HIGHWAY if method.startswith("e3va") else COLOURS.get(re.split("[:,]", method)[0], COLOURS["adapter"])
+
+
+def compare_figure(result: dict) -> Figure:
+    """The table of ``e3va compare`` as bars: one panel per column, each bar with its value and its share of full."""
+    rows = result["rows"]
+    names = [row["method"] for row in rows]
+    colours = [colour(name) for name in names]
+    sns.set_theme(style="white", font_scale=0.9)
+    figure = Figure(figsize=(3.3 * len(PANELS), 0.55 * len(rows) + 1.7), dpi=DPI)
+    axes = figure.subplots(1, len(PANELS), sharey=True)
+    for axis, (key, title, value, form, direction) in zip(axes, PANELS, strict=True):
+        values = [value(row) for row in rows]
+        axis.barh(names, values, color=colours)
+        for y, (row, x) in enumerate(zip(rows, values, strict=True)):
+            share = row.get(f"{key}_of_full")
+            label = form.format(x) + ("" if share is None or row["method"] == "full" else f" ({100 * share:.0f} %)")
+            axis.text(x + 0.02 * max(values), y, label, va="center", fontsize=9)
+        axis.set_title(title, fontsize=10.5, loc="left")
+        axis.set_xlabel(direction, fontsize=9, color="0.4")
+        axis.set_xlim(0, 1.55 * max(values) or 1)
+        axis.set_xticks([])
+        sns.despine(ax=axis, bottom=True)
+    axes[0].invert_yaxis()
+    recipe = result["recipe"]
+    setting = f"{recipe['backbone']}, RetinaNet, {recipe['max_size']} px, batch {recipe['batch']}"
+    figure.suptitle(f"One detector ({setting}), tuned in {len(rows)} ways", x=0.01, ha="left", fontsize=12)
+    measured = f"{result['device']}, {result['precision']}, {result['date']}."
+    if any("ap50_of_full" in row for row in rows):
+        measured = f"(%) is the share of full fine-tuning. {measured}"
+    figure.text(0.01, 0.01, measured, fontsize=8, color="0.4")
+    figure.tight_layout(rect=(0, 0.04, 1, 1))
+    return figure
+
+
+def memory_figure(table: dict) -> Figure:
+    """What ``e3va memory`` prints: the categories at the peak, and the live bytes over the step."""
+    settings = table["settings"]
+    height, width = settings["size"]
+    kept = ", gradient checkpointing" if settings["checkpointing"] else ""
+    title = f"{settings['task']}, {settings['backbone']}, {settings['batch_size']} x {height}x{width}"
+    return _memory(table["rows"], f"{title}, {settings['precision']}{kept}; {settings['measured']}")
+
+
+def ledgers_figure(books: dict[str, Ledger], title: str) -> Figure:
+    """The same for ledgers by name; shares are of the one called ``full``, where there is one."""
+    full = books.get("full")
+    share = {name: None if full is None else book.peak / full.peak for name, book in books.items()}
+    rows = [{"method": name, **book.as_row(), "share_of_full": share[name]} for name, book in books.items()]
+    return _memory(rows, title)
+
+
+def _memory(rows: list[dict], title: str) -> Figure:
+    names = [row["method"] for row in rows]
+    sns.set_theme(style="white", font_scale=0.9)
+    figure = Figure(figsize=(12, max(3.4, 0.45 * len(rows) + 1.8)), dpi=DPI)
+    bars, curves = figure.subplots(1, 2, width_ratios=(1.15, 1))
+    start = [0.0] * len(rows)
+    for category in CATEGORIES:
+        values = [row[category] / MIB for row in rows]
+        bars.barh(names, values, left=start, color=CATEGORY_COLOURS[category], label=category)
+        start = [a + b for a, b in zip(start, values, strict=True)]
+    digits = 0 if max(start) >= 10 else 2
+    for y, row in enumerate(rows):
+        share = "" if row["share_of_full"] is None else f" ({100 * row['share_of_full']:.0f} %)"
+        bars.text(start[y] + 0.01 * max(start), y, f"{start[y]:.{digits}f}{share}", va="center", fontsize=9)
+    bars.set_xlim(0, 1.25 * max(start))
+    bars.invert_yaxis()
+    bars.set_title("At the peak, MiB (share of full)", loc="left", fontsize=10.5)
+    bars.legend(loc="upper center", bbox_to_anchor=(0.45, -0.1), ncols=5, frameon=False, fontsize=8.5, columnspacing=1)
+    for row, style in zip(rows, _styles(names), strict=True):
+        x = [(i + 0.5) / len(row["curve"]) for i in range(len(row["curve"]))]
+        # The methods' steps have different numbers of events: each phase is drawn as long as any other.
+        bounds = [0.0, *(row["ends"][phase] for phase in PHASES)]
+        x = [_stretched(place, bounds) for place in x]
+        curves.plot(x, [value / MIB for value in row["curve"]], label=row["method"], **style)
+    for number, phase in enumerate(PHASES):
+        curves.axvline(number, color="0.85", lw=1, zorder=0)
+        curves.text(number + 0.5, 1.02, phase, transform=curves.get_xaxis_transform(), ha="center", fontsize=9)
+    curves.set_xlim(0, len(PHASES))
+    curves.set_ylim(0)
+    curves.set_xticks([])
+    curves.set_ylabel("live MiB over one training step")
+    curves.legend(loc="upper center", bbox_to_anchor=(0.5, -0.04), ncols=4, frameon=False, fontsize=8.5)
+    sns.despine(ax=bars, bottom=True)
+    sns.despine(ax=curves)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    figure.tight_layout()
+    return figure
+
+
+def growth_figure(measured: dict) -> Figure:
+    """Peak and time of a training step over depth, image size and batch.
+
+    Args:
+        measured: Per axis, ``{"rows": [{axis: value, "method", "step", "peak", ...}, ...], ...}``.
+    """
+    sns.set_theme(style="white", font_scale=0.9)
+    panels = (("peak", "peak, MiB", MIB), ("step", "seconds per step", 1))
+    figure = Figure(figsize=(4.2 * len(measured), 6.4), dpi=DPI)
+    axes = figure.subplots(2, len(measured), squeeze=False)
+    for column, (label, table) in zip(axes.T, measured.items(), strict=True):
+        names = list(dict.fromkeys(row["method"] for row in table["rows"]))
+        for axis, (key, _, unit) in zip(column, panels, strict=True):
+            for name, style in zip(names, _styles(names), strict=True):
+                rows = [row for row in table["rows"] if row["method"] == name]
+                axis.plot(
+                    [row[label] for row in rows], [row[key] / unit for row in rows], "o", label=name, ms=3.5, **style
+                )
+            axis.set_xticks([row[label] for row in rows])
+            axis.set_ylim(0)
+            sns.despine(ax=axis)
+        column[1].set_xlabel(label)
+    for axis, (_, title, _) in zip(axes[:, 0], panels, strict=True):
+        axis.set_ylabel(title)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="upper center", ncols=len(labels), frameon=False)
+    figure.text(0.01, 0.01, f"{table['device']}, {table['precision']}, {table['date']}.", fontsize=8, color="0.4")
+    figure.tight_layout(rect=(0, 0.02, 1, 0.95))
+    return figure
+
+
+def trade_offs(studies: dict, metrics: dict[str, str]) -> Figure | None:
+    """Accuracy over memory, trained parameters and time: a row of panels per study, a point with its interval per way.
+
+    Args:
+        studies: Of :func:`e3va_lite.experiments.report.summarise`.
+        metrics: The score's name per study.
+
+    Returns:
+        None where nothing was run.
+    """
+    present = {study: arms for study, arms in studies.items() if any(arm in arms for arm in MARKED)}
+    if not present:
+        return None
+    axes_of = (("peak", MIB, "peak of a training step, MiB"), ("trainable", 1e3, "trained in the backbone, thousands"))
+    axes_of += (("seconds_of_full", 1, "time of a training step, of full"),)
+    sns.set_theme(style="white", font_scale=0.9)
+    figure = Figure(figsize=(13, 3.6 * len(present)), dpi=DPI)
+    axes = figure.subplots(len(present), 3, squeeze=False, sharey="row")
+    for row, (study, arms) in zip(axes, present.items(), strict=True):
+        for axis, (key, unit, label) in zip(row, axes_of, strict=True):
+            names = [name for name in MARKED if name in arms and arms[name].get(key) is not None]
+            if not names:
+                axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", color="0.5")
+            for name in names:
+                x, y, half = arms[name][key] / unit, 100 * arms[name]["mean"], 100 * arms[name]["half"]
+                style = {"fmt": MARKED[name], "color": colour(name), "label": name}
+                axis.errorbar(x, y, half, ms=6, mec="white", mew=0.6, elinewidth=0.8, **style)
+            if key == "trainable":
+                axis.set_xscale("symlog", linthresh=10)
+                axis.set_xlim(left=-2)  # room for those that train nothing
+            else:
+                axis.set_xlim(left=0)
+            axis.set_xlabel(label, fontsize=9)
+            sns.despine(ax=axis)
+        row[0].set_ylabel(f"{study}: {metrics[study]}, %", fontsize=9)
+    legend = {}
+    for axis in axes.flat:
+        legend |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    order = [name for name in MARKED if name in legend]
+    height = 0.55 / figure.get_figheight()
+    figure.legend([legend[name] for name in order], order, loc="lower center", ncols=7, frameon=False, fontsize=9)
+    figure.tight_layout(rect=(0, height, 1, 1))
+    return figure
+
+
+def neighbours_figure(arms: dict, costs: dict) -> Figure | None:
+    """Accuracy in miniature over the price at full size and over trained parameters, a point with its interval per way.
+
+    Args:
+        arms: A study of :func:`e3va_lite.experiments.report.summarise`.
+        costs: Of :func:`e3va_lite.analysis.cost.time_table`. Its rows stand for the arms of the same method;
+            checkpointing changes the price alone.
+
+    Returns:
+        None where fewer than two of them were run.
+    """
+    named = [(row, row["method"].partition(":")[0]) for row in costs["rows"]]
+    found = [(row, name, arms[name]) for row, name in named if name in arms]
+    if len(found) < 2:
+        return None
+    settings = costs["settings"]
+    model = f"{settings['backbone']}, {settings['size'][0]}x{settings['size'][1]}"
+    panels = (
+        (f"peak of a training step, of full\n({model})", lambda row, arm: row["of_full"]["peak"]),
+        (f"time of a training step, of full\n({model})", lambda row, arm: row["of_full"]["step"]),
+        ("trained in the backbone, thousands\n(in miniature)", lambda row, arm: arm["trainable"] / 1e3),
+    )
+    sns.set_theme(style="white", font_scale=0.9)
+    figure = Figure(figsize=(13, 4.4), dpi=DPI)
+    axes = figure.subplots(1, 3, sharey=True)
+    for axis, (label, place) in zip(axes, panels, strict=True):
+        for row, name, arm in found:
+            again = "checkpointing" in row["method"]
+            style = {"fmt": MARKED[name], "color": colour(name), "mfc": "white" if again else colour(name)}
+            style["label"] = f"{name}, checkpointed" if again else name
+            axis.errorbar(place(row, arm), 100 * arm["mean"], 100 * arm["half"], ms=7, elinewidth=0.8, **style)
+        axis.set_xlabel(label, fontsize=9)
+        axis.set_xlim(left=0)
+        sns.despine(ax=axis)
+    axes[2].set_xscale("symlog", linthresh=10)
+    axes[2].set_xlim(-2, 2 * max(10.0, *(arm["trainable"] / 1e3 for _, _, arm in found)))  # room at both ends
+    axes[0].set_ylabel("AP at IoU .5 in miniature, %", fontsize=9)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=len(found), frameon=False, fontsize=9)
+    figure.tight_layout(rect=(0, 0.08, 1, 1))
+    return figure
+
+
+def _styles(names: list[str]) -> list[dict]:
+    """Colours and dashes that tell methods of one colour apart."""
+    dashes = ("-", "--", ":", "-.")
+    seen: dict[str, int] = {}
+    styles = []
+    for name in names:
+        number = seen[colour(name)] = seen.get(colour(name), -1) + 1
+        styles.append({"color": colour(name), "ls": dashes[number % 4], "lw": 1.6 if number < 4 else 0.9})
+    return styles
+
+
+def _stretched(place: float, bounds: list[float]) -> float:
+    """Where a fraction of the step lies when every phase is one unit long."""
+    phase = next((i for i in range(len(bounds) - 1) if place <= bounds[i + 1]), len(bounds) - 2)
+    return phase + min((place - bounds[phase]) / max(bounds[phase + 1] - bounds[phase], 1e-9), 1)
+
+
+def table_figures(tables: dict) -> Iterator[tuple[str, Figure]]:
+    """What ``e3va tables`` prints, as far as its tables are there: names out of :data:`TABLE_FIGURES`, and figures."""
+    sns.set_theme(style="white", font_scale=0.9)
+    for name, draw in zip(TABLE_FIGURES, (_savings, _hours, _figure1), strict=True):
+        if (figure := draw(tables)) is not None:
+            figure.tight_layout()
+            yield name, figure
+
+
+def _savings(tables: dict) -> Figure | None:
+    panels = [(tables[t]["title"], tables[t]["rows"]) for t in ("table1", "table2") if t in tables]
+    if not panels:
+        return None
+    figure = Figure(figsize=(5.6 * len(panels), 4.6), dpi=DPI)
+    axes = figure.subplots(1, len(panels), squeeze=False)
+    for axis, (title, rows) in zip(axes[0], panels, strict=True):
+        rows = [row for row in rows if "saved" in row["cells"]]
+        _beside(axis, [row["row"] for row in rows], [row["cells"]["saved"] for row in rows], "memory saved, % of full")
+        axis.set_title(title, loc="left", fontsize=10.5, pad=26)
+    return figure
+
+
+def _hours(tables: dict) -> Figure | None:
+    rows = tables.get("table3", {}).get("rows", [])
+    tasks = [task for task in (rows[0]["cells"] if rows else ()) if rows[0]["cells"][task]["ours"] is not None]
+    if not tasks:
+        return None
+    figure = Figure(figsize=(4.6 * len(tasks), 4.8), dpi=DPI)
+    axes = figure.subplots(1, len(tasks), squeeze=False)
+    for axis, task in zip(axes[0], tasks, strict=True):
+        _beside(axis, [row["row"] for row in rows], [row["cells"][task] for row in rows], "time, % of full")
+        axis.set_title(f"Table 3: {task}", loc="left", fontsize=10.5, pad=26)
+    return figure
+
+
+def _figure1(tables: dict) -> Figure | None:
+    """The right half of the paper's Figure 1: memory and time of three ways of tuning, and the cards that do."""
+    if any(table not in tables for table in ("table1", "table3", "table4")):
+        return None
+    methods = ("full", "adapter", "e3va")
+    figure = Figure(figsize=(13, 3.4), dpi=DPI)
+    axes = figure.subplots(1, 3, width_ratios=(1, 1, 1.5))
+    for axis, table, column, label in (
+        (axes[0], "table1", "memory", "MB, Swin-L on VOC"),
+        (axes[1], "table3", "voc", "training time on VOC, % of full"),
+    ):
+        cells = {row["row"]: row["cells"][column] for row in tables[table]["rows"]}
+        if cells["full"]["ours"] is None:
+            return None
+        _beside(axis, list(methods), [cells[method] for method in methods], label)
+    need = {row["row"]: row["need_mb"] / 1024 for row in tables["table4"]["rows"]}
+    chosen = [f"{method}, batch {batch}" for method in methods for batch in (1, 2)]
+    axes[2].barh(chosen, [need[row] for row in chosen], color=[colour(row.split(",")[0]) for row in chosen])
+    axes[2].invert_yaxis()
+    for card, gigabytes in (("1080 Ti", 11), ("P100", 16), ("3090", 24), ("V100", 32)):
+        axes[2].axvline(gigabytes, color="0.35", lw=1, ls="--")
+        axes[2].text(gigabytes, -0.75, f"{card}\n{gigabytes} GB", ha="center", fontsize=8.5)
+    axes[2].set_xlim(0, 34)
+    axes[2].set_xlabel("GB, Swin-L with Cascade Mask R-CNN (ours)", fontsize=9, color="0.3")
+    sns.despine(ax=axes[2])
+    return figure
+
+
+def _beside(axis: Axes, names: list[str], cells: list[dict], label: str) -> None:
+    """Bars of ours, a mark at the printed value."""
+    axis.barh(names, [cell["ours"] or 0 for cell in cells], color=[colour(name) for name in names], label="ours")
+    axis.plot([cell["printed"] for cell in cells], names, "D", ms=5, color="0.1", label="printed")
+    axis.invert_yaxis()
+    axis.set_xlabel(label, fontsize=9, color="0.3")
+    axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=8.5)
+    sns.despine(ax=axis)

@@ -1,0 +1,1 @@
+"""The equations of the highway and of the frozen stream, computed fast."""

@@ -1,0 +1,1 @@
+"""Every way of tuning under one contract."""

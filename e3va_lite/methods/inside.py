@@ -1,0 +1,178 @@
+"""The methods inside the backbone: what they train is in it, and so the gradient runs through it."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..adapters import KernelAdapter, QVUpdate, StandardAdapter
+from ..backbones.base import embed, f_p1, f_p2, fpn_norms, freeze
+from ..fused import frozen_stream
+
+MIDDLE = 64  # "middle dim of these methods are set to 64" (section 4.1): adapter, lora, adaptformer
+
+
+def plain_block(block: nn.Module, x: Tensor) -> Tensor:
+    """Equation (5), the Swin block itself; (B, H, W, C) -> (B, H, W, C)."""
+    x = x + f_p1(block, x)
+    return x + f_p2(block, x)
+
+
+def serial_block(block: nn.Module, x: Tensor, a1: nn.Module, a2: nn.Module) -> Tensor:
+    """Equation (6): adapters behind the attention and behind the MLP, inside the backbone."""
+    x = x + a1(f_p1(block, x))
+    return x + a2(f_p2(block, x))
+
+
+class ScaledAdapter(StandardAdapter):
+    """The adapter of AdaptFormer (Chen et al. 2022): no skip, and a learnt scale."""
+
+    def __init__(self, dim: int, middle: int) -> None:
+        super().__init__(dim, middle)
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * self.change(x)
+
+
+def beside_block(block: nn.Module, x: Tensor, a1: nn.Module, a2: nn.Module) -> Tensor:
+    """AdaptFormer: adapters beside attention and MLP, on the same input."""
+    x = x + f_p1(block, x) + a1(x)
+    return x + f_p2(block, x) + a2(x)
+
+
+class ThroughBackbone(nn.Module):
+    """A backbone that gradients run through, as far down as anything in it is trained.
+
+    Args:
+        trunk: The pretrained part; which of its parameters are trained is the caller's business.
+        stages: The stages (from 1) whose maps the task consumes.
+        fpn_norm_trainable: Whether the norms before the neck are trained.
+        run_block: ``(block, x, *extra) -> x`` for one block.
+        extra: Per block of the network in order, the modules that ``run_block`` wants; none if not given.
+        checkpointing: Keep only each block's input and compute the rest again on the way back (gradient checkpointing).
+        stochastic: Leave the backbone's stochastic depth on in train mode.
+        frozen: Nothing before the norms is trained: run the blocks without a graph, see
+            :mod:`e3va_lite.fused.frozen_stream`.
+    """
+
+    def __init__(
+        self,
+        trunk: nn.Module,
+        stages: tuple[int, ...],
+        fpn_norm_trainable: bool,
+        run_block: Callable[..., Tensor] = plain_block,
+        extra: list[nn.ModuleList] | None = None,
+        checkpointing: bool = False,
+        stochastic: bool = False,
+        frozen: bool = False,
+    ) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.run_block = run_block
+        self.extra = nn.ModuleList(extra or [])
+        self.checkpointing = checkpointing
+        self.stochastic = stochastic
+        self.frozen = frozen
+        self.norms = fpn_norms(trunk, stages, fpn_norm_trainable)
+        self.last_stage = max(self.norms.stages)
+        self.out_channels, self.strides = self.norms.out_channels, self.norms.strides
+        self.divisor = self.norms.divisor
+
+    def train(self, mode: bool = True) -> "ThroughBackbone":
+        super().train(mode)
+        self.trunk.train(mode and self.stochastic)
+        return self
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) -> one map (B, C_i, ceil(H/s_i), ceil(W/s_i)) per consumed stage."""
+        x = embed(self.trunk, images)
+        extra = iter(self.extra)
+        maps = {}
+        for number, stage in enumerate(self.trunk.layers[: self.last_stage], start=1):
+            x = stage.downsample(x)
+            if self.frozen:
+                with torch.no_grad():
+                    for _ in frozen_stream.run(stage, x):
+                        pass
+            else:
+                for block in stage.blocks:
+                    x = self._run(block, x, *next(extra, ()))
+            maps[number] = x
+        return self.norms.finish(self.norms(maps), images)
+
+    def _run(self, *arguments: object) -> Tensor:
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(self.run_block, *arguments, use_reentrant=False)
+        return self.run_block(*arguments)
+
+
+def full(trunk: nn.Module, stages, fpn_norm="trainable", checkpointing=False) -> nn.Module:
+    """Everything is trained."""
+    return ThroughBackbone(trunk, stages, fpn_norm == "trainable", checkpointing=checkpointing, stochastic=True)
+
+
+def fixed(trunk: nn.Module, stages, fpn_norm="fixed") -> nn.Module:
+    """Nothing is trained but neck and head; ``fpn_norm="trainable"`` tells what the norms alone are worth."""
+    return ThroughBackbone(freeze(trunk), stages, fpn_norm == "trainable", frozen=True)
+
+
+def bitfit(trunk: nn.Module, stages, fpn_norm="trainable", checkpointing=False) -> nn.Module:
+    """Every parameter with "bias" in its name, relative-position bias tables and the norms' biases too."""
+    model = ThroughBackbone(freeze(trunk), stages, False, checkpointing=checkpointing)
+    for name, parameter in model.named_parameters():
+        inside_norms = name.startswith("norms.")
+        parameter.requires_grad_("bias" in name and (fpn_norm == "trainable" or not inside_norms))
+    return model
+
+
+def norm(trunk: nn.Module, stages, fpn_norm="trainable", checkpointing=False) -> nn.Module:
+    """Every norm of the backbone, and the norms before the neck."""
+    model = ThroughBackbone(freeze(trunk), stages, fpn_norm == "trainable", checkpointing=checkpointing)
+    for module in trunk.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.requires_grad_()
+    return model
+
+
+def partial1(trunk: nn.Module, stages, fpn_norm="fixed", checkpointing=False) -> nn.Module:
+    """The last block."""
+    model = ThroughBackbone(freeze(trunk), stages, fpn_norm == "trainable", checkpointing=checkpointing)
+    _blocks(trunk, stages)[-1].requires_grad_()
+    return model
+
+
+def adapter(trunk: nn.Module, stages, middle=MIDDLE, fpn_norm="fixed", checkpointing=False) -> nn.Module:
+    """Two standard adapters per block, inside it (Houlsby et al. 2019)."""
+    extra = _pairs(trunk, stages, lambda dim: StandardAdapter(dim, middle))
+    return ThroughBackbone(freeze(trunk), stages, fpn_norm == "trainable", serial_block, extra, checkpointing)
+
+
+def lora(trunk: nn.Module, stages, rank=MIDDLE, fpn_norm="fixed", checkpointing=False) -> nn.Module:
+    """Low-rank updates of q and v in every attention (Hu et al. 2022)."""
+    model = ThroughBackbone(freeze(trunk), stages, fpn_norm == "trainable", checkpointing=checkpointing)
+    model.updates = nn.ModuleList(QVUpdate(block.dim, rank) for block in _blocks(trunk, stages))
+    for block, update in zip(_blocks(trunk, stages), model.updates, strict=True):
+        block.attn.qkv.register_forward_hook(update.hook)
+    return model
+
+
+def adaptformer(trunk: nn.Module, stages, middle=MIDDLE, fpn_norm="fixed", checkpointing=False) -> nn.Module:
+    """Two scaled adapters per block, beside attention and MLP (Chen et al. 2022)."""
+    extra = _pairs(trunk, stages, lambda dim: ScaledAdapter(dim, middle))
+    return ThroughBackbone(freeze(trunk), stages, fpn_norm == "trainable", beside_block, extra, checkpointing)
+
+
+def lorand(trunk: nn.Module, stages, rank=8, branches=2, fpn_norm="fixed", checkpointing=False) -> nn.Module:
+    """Two low-rank adapters with a shared kernel per block, inside it (Yin et al. 2023)."""
+    extra = _pairs(trunk, stages, lambda dim: KernelAdapter(dim, rank, branches))
+    return ThroughBackbone(freeze(trunk), stages, fpn_norm == "trainable", serial_block, extra, checkpointing)
+
+
+def _blocks(trunk: nn.Module, stages: tuple[int, ...]) -> list[nn.Module]:
+    return [block for stage in trunk.layers[: max(stages)] for block in stage.blocks]
+
+
+def _pairs(trunk: nn.Module, stages: tuple[int, ...], make: Callable[[int], nn.Module]) -> list[nn.ModuleList]:
+    return [nn.ModuleList([make(block.dim), make(block.dim)]) for block in _blocks(trunk, stages)]

@@ -1,0 +1,1 @@
+"""All settings of a training run, as YAML files and as the dataclasses that they fill."""

@@ -1,0 +1,30 @@
+"""The paper's three tasks. Each is a module with the same five functions and a constant, and so one engine trains them.
+
+    METRIC                                            the number that decides which checkpoint is the best
+    dataset(recipe, root, split, classes, train, strict)   a torch dataset with ``classes``, a list of names
+    model(recipe, backbone, num_classes)              a detector or segmenter on a backbone
+    record(prediction, target)                        what the metric keeps of one image: small, on the CPU
+    summary(records, dataset)                         the metric of all images, a dict of plain numbers with METRIC
+    check(recipe, root, split)                        everything that is wrong with the files of a split
+
+An item of a dataset is an image, float (3, H, W), RGB in 0..1, and a target, a dict with at least ``image_id`` and
+``file``, the path as text. With ``train`` an item is augmented, with random numbers out of the global states of torch,
+numpy and Python, which the engine seeds for every item; without, it is the image as stored.
+
+A model in train mode turns lists of images and targets into a dict of losses; in eval mode a list of images of any
+sizes into a list of predictions, dicts in the pixels of the images as given.
+"""
+
+from importlib import import_module
+from types import ModuleType
+
+from ..errors import unknown
+
+NAMES = ("voc", "coco", "ade20k")
+
+
+def task_module(name: str) -> ModuleType:
+    """The module of a task; imported when it is wanted, since not everybody has mmsegmentation."""
+    if name not in NAMES:
+        raise unknown("task", name, NAMES)
+    return import_module(f"{__package__}.{name}")

@@ -1,0 +1,179 @@
+"""UPerNet ("Unified Perceptual Parsing for Scene Understanding", Xiao et al. 2018) on any backbone: mmsegmentation's.
+
+The settings are those of the public stand-in for the paper's missing appendix: UPerHead with pools of 1, 2, 3 and 6 on
+all maps, an auxiliary FCN head of one convolution and 256 channels on stage 3 at weight .4, dropout .1, and the whole
+image at once when predicting. A loss is the mean over all pixels, void ones included, which count as zero: that is
+mmsegmentation's default.
+
+Where we depart from mmsegmentation, a small class below says so.
+"""
+
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..backbones.swin import MIN_SIZE
+from ..datasets.ade20k import VOID
+from ..errors import InputError
+from .mmseg_backbone import Body, mmseg
+from .retinanet import IMAGE_MEAN, IMAGE_STD
+
+
+def build_upernet(
+    backbone: nn.Module,
+    num_classes: int,
+    *,
+    head_channels: int = 512,
+    scale: tuple[int, int] = (2048, 512),
+    class_weights: list[float] | None = None,
+) -> nn.Module:
+    """A UPerNet that uses every map of the backbone; the auxiliary head sees the map of stride 16, else the last.
+
+    Images are a list of float tensors (3, H, W) in 0..1; they are normalised inside. Targets are a list of dicts with
+    ``mask``, int64 (H, W): 0..K-1, and 255 for pixels that are no class.
+
+    - In train mode ``model(images, targets)`` returns the two losses, ``decode`` and ``auxiliary``. Images are taken as
+      they are, and smaller ones padded to the largest of the batch.
+    - In eval mode ``model(images)`` returns per image a dict of ``mask``, int64 (H, W), 0..K-1, in pixels of the image
+      as given. Inside, an image is resized to fit ``scale``, and its logits back.
+
+    ``model.backbone.body`` is the backbone, ``model.decode_head`` and ``model.auxiliary_head`` are the heads.
+
+    Args:
+        backbone: Returns a list of NCHW maps and has ``out_channels`` and ``strides``, a list of integers each.
+        num_classes: K, 2 or more.
+        head_channels: Width of UPerHead, 512 in the paper's setting. The auxiliary head has 256 at most.
+        scale: Long and short side in pixels that an image is fitted into when predicting, keeping its ratio.
+        class_weights: What a pixel of each class counts in the losses, which are then means over the pixels that are
+            a class.
+
+    Raises:
+        InputError: For a number or size that cannot work.
+    """
+    if num_classes < 2:
+        raise InputError(f"num_classes is {num_classes}: to tell classes apart takes two at least.")
+    if len(scale) != 2 or min(scale) < MIN_SIZE:
+        raise InputError(f"scale={list(scale)} cannot work: give a long and a short side of {MIN_SIZE} or more.")
+    if class_weights is not None and len(class_weights) != num_classes:
+        raise InputError(f"class_weights={class_weights} cannot work: give a number for each of {num_classes} classes.")
+    loss = {"type": "CrossEntropyLoss"} if class_weights is None else {"type": _Weighted, "weights": class_weights}
+    third = backbone.strides.index(16) if 16 in backbone.strides else len(backbone.strides) - 1
+    common = {
+        "num_classes": num_classes,
+        "out_channels": num_classes,  # without, mmsegmentation advises against two classes
+        "dropout_ratio": 0.1,
+        "norm_cfg": {"type": "BN"},
+        "align_corners": False,
+    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"mmseg\.")  # that it is old itself, and of what the mean is
+        model = _UPerNet(
+            scale,
+            backbone={"type": lambda: Body(backbone)},  # a registry takes a function, and so what exists already
+            decode_head={
+                "type": _UPerHead,
+                "in_channels": backbone.out_channels,
+                "in_index": list(range(len(backbone.out_channels))),
+                "channels": head_channels,
+                "pool_scales": (1, 2, 3, 6),
+                "loss_decode": loss,
+                **common,
+            },
+            auxiliary_head={
+                "type": _FCNHead,
+                "in_channels": backbone.out_channels[third],
+                "in_index": third,
+                "channels": min(256, head_channels),
+                "num_convs": 1,
+                "concat_input": False,
+                "loss_decode": {**loss, "loss_weight": 0.4},
+                **common,
+            },
+        )
+    for head in (model.decode_head, model.auxiliary_head):  # what mmengine's init_weights would change
+        nn.init.normal_(head.conv_seg.weight, std=0.01)
+        nn.init.zeros_(head.conv_seg.bias)
+    return model
+
+
+class _Weighted(nn.Module):
+    """The mean over all pixels that are a class, each with its class's weight: mmsegmentation's stumbles over void."""
+
+    loss_name = "loss_ce"
+
+    def __init__(self, weights: list[float], loss_weight: float = 1.0) -> None:
+        super().__init__()
+        self.register_buffer("weights", torch.tensor(weights), persistent=False)
+        self.loss_weight = loss_weight
+
+    def forward(self, logits: Tensor, labels: Tensor, ignore_index: int, **_: object) -> Tensor:
+        return self.loss_weight * F.cross_entropy(logits, labels, self.weights, ignore_index=ignore_index)
+
+
+class _UPerNet(mmseg.models.segmentors.EncoderDecoder):
+    """mmsegmentation's, called as torchvision's detectors are: lists of images of any sizes."""
+
+    def __init__(self, scale: tuple[int, int], **parts) -> None:
+        super().__init__(**parts)
+        self.scale = tuple(scale)
+
+    def forward(self, images: list[Tensor], targets: list[dict] | None = None) -> dict[str, Tensor] | list[dict]:
+        if not self.training:
+            return [{"mask": self._labels(image)} for image in images]
+        # The map that is pooled to a single place has one value per channel and image. A single image's have no
+        # variance: its norm takes the running statistics then.
+        if len(images) == 1:
+            self.decode_head.psp_modules[0].eval()
+        height, width = (max(sides) for sides in zip(*(image.shape[-2:] for image in images), strict=True))
+        batch = torch.stack([_padded(_normalised(image), height, width) for image in images])
+        labels = torch.stack([_padded(target["mask"], height, width, VOID) for target in targets])
+        losses = self.loss(batch, labels)
+        return {"decode": losses["decode.loss_ce"], "auxiliary": losses["aux.loss_ce"]}
+
+    def _labels(self, image: Tensor) -> Tensor:
+        """(3, H, W) -> int64 (H, W)."""
+        height, width = image.shape[-2:]
+        # As mmcv's rescale_size: as large as fits, sides rounded half up.
+        factor = min(max(self.scale) / max(height, width), min(self.scale) / min(height, width))
+        rows, columns = (int(side * factor + 0.5) for side in (height, width))
+        resized = F.interpolate(image[None], (rows, columns), mode="bilinear", align_corners=False)[0]
+        # A very long image is less than Swin's least on its short side.
+        batch = _padded(_normalised(resized), max(rows, MIN_SIZE), max(columns, MIN_SIZE))[None]
+        logits = self.encode_decode(batch, [{"img_shape": batch.shape[-2:]}])[..., :rows, :columns]
+        return F.interpolate(logits, (height, width), mode="bilinear", align_corners=False)[0].argmax(0)
+
+
+class _Head:
+    """In front of a head of mmsegmentation's: logits and loss in float32 at least, and nothing but the loss.
+
+    mmsegmentation adds the batch's accuracy, for which it sorts the logits of every pixel.
+    """
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        logits = super().forward(maps)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def loss_by_feat(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Logits (B, K, h, w) and labels (B, H, W), which go where mmsegmentation has its data samples."""
+        logits = F.interpolate(logits, labels.shape[-2:], mode="bilinear", align_corners=self.align_corners)
+        return {"loss_ce": self.loss_decode(logits, labels, ignore_index=self.ignore_index)}
+
+
+class _UPerHead(_Head, mmseg.models.decode_heads.UPerHead):
+    pass
+
+
+class _FCNHead(_Head, mmseg.models.decode_heads.FCNHead):
+    pass
+
+
+def _normalised(image: Tensor) -> Tensor:
+    mean, std = (image.new_tensor(values)[:, None, None] for values in (IMAGE_MEAN, IMAGE_STD))
+    return (image - mean) / std
+
+
+def _padded(x: Tensor, height: int, width: int, value: float = 0) -> Tensor:
+    """(..., h, w) -> (..., height, width), filled up on the right and below."""
+    return F.pad(x, (0, width - x.shape[-1], 0, height - x.shape[-2]), value=value)

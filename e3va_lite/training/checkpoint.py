@@ -1,0 +1,98 @@
+"""What a run keeps on disk: tensors and plain text in one safetensors file, never a pickle.
+
+A file is written under another name and then renamed, so that under its own name there is always a whole one.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..errors import InputError
+
+FORMAT = "e3va_lite 1"
+
+
+def write(path: Path, tensors: dict[str, Tensor], about: dict) -> None:
+    """Replace the file ``path`` by one with these tensors and this JSON-able description, or leave it as it is.
+
+    Raises:
+        InputError: If it cannot be written; what was there is still there.
+    """
+    unfinished = path.with_name(path.name + ".tmp")
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(tensors, unfinished, {"format": FORMAT, "about": json.dumps(about)})
+        with unfinished.open("rb") as file:
+            os.fsync(file.fileno())  # the name must not reach the disk before the content does
+        unfinished.replace(path)
+    except (OSError, SafetensorError) as error:
+        unfinished.unlink(missing_ok=True)
+        kept = "the one before it is still there" if path.exists() else "there was none before"
+        raise InputError(f"'{path}' cannot be written ({error}); {kept}: make room and go on with --resume.") from error
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """Tensors and description of a file that :func:`write` wrote.
+
+    Raises:
+        InputError: If it is missing, damaged, or anything else; nothing in it is ever executed.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise InputError(f"there is no '{path}': check the path.") from None
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"'{path}' cannot be read as a safetensors file ({error}): it is damaged or of another kind."
+        ) from error
+    if metadata.get("format") != FORMAT:
+        raise InputError(f"'{path}' was not written by this version of e3va_lite: give a file of a run.")
+    return tensors, json.loads(metadata["about"])
+
+
+def kept_names(model: nn.Module) -> list[str]:
+    """Names of what training can change: all of the state but the frozen parameters."""
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    return [name for name in model.state_dict() if name not in frozen]
+
+
+def kept_state(model: nn.Module) -> dict[str, Tensor]:
+    """What training can change, by name."""
+    state = model.state_dict()
+    return {name: state[name] for name in kept_names(model)}
+
+
+def restore(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    """Put what :func:`kept_state` gave into a model of the same making; all of it or, with an error, nothing."""
+    wanted = {name: tensor.shape for name, tensor in kept_state(model).items()}
+    wrong = [
+        name for name in {*wanted, *tensors} if name not in tensors or wanted.get(name) != tensors[name].shape
+    ]  # fmt: skip
+    if wrong:
+        raise InputError(f"'{path}' does not fit the model of its recipe, first at '{min(wrong)}': was one replaced?")
+    model.load_state_dict(tensors, strict=False)
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """AdamW's state by the names of its parameters."""
+    return {
+        f"optimizer/{key}/{name}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Put what :func:`optimizer_tensors` gave into a new optimiser of the same model."""
+    for name, parameter in model.named_parameters():
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            if (value := tensors.get(f"optimizer/{key}/{name}")) is not None:
+                # The count of steps stays on the CPU, as AdamW itself keeps it.
+                optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device)

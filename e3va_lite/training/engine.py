@@ -1,0 +1,250 @@
+"""Training and evaluation: one loop for all tasks, on one device or several."""
+
+import contextlib
+import math
+import platform
+import re
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Dataset
+
+from ..backbones.base import is_neck
+from ..errors import InputError
+from ..methods.registry import build_backbone
+from ..recipes.schema import Recipe
+from ..tasks.registry import task_module
+from .distributed import gather, progress, rank, world
+from .sampling import Batch, Stream, loader, on, to_device
+
+
+def build_model(recipe: Recipe, num_classes: int) -> nn.Module:
+    """The recipe's detector or segmenter, new, on the CPU; the same on every process."""
+    torch.manual_seed(recipe.seed)
+    backbone = build_backbone(
+        recipe.method,
+        recipe.backbone,
+        recipe.pretrained and recipe.weights is None,
+        recipe.weights,
+        stages=tuple(recipe.stages),
+        drop_path_rate=recipe.drop_path_rate,
+        **recipe.options,
+    )
+    return task_module(recipe.task).model(recipe, backbone, num_classes)
+
+
+#: Swin's and Swin V2's tables, and what plain ViTs add to or put before their patches.
+PLACES = re.compile(r"relative_position_bias_table|cpb_mlp|logit_scale|pos_embed|cls_token|reg_token")
+
+
+def build_optimizer(model: nn.Module, recipe: Recipe, foreach: bool | None = None) -> torch.optim.Optimizer:
+    """AdamW on what is trainable; no decay on layer norms and on what says where a token is, as is usual.
+
+    What is not in the backbone (neck and heads) learns at the recipe's ``head_lr``, where it has one.
+    ``foreach`` is torch's: all parameters at once; without, so on CUDA and one by one on a CPU.
+    """
+    norms = {id(p) for m in model.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters(recurse=False)}
+    groups: dict[tuple[float, float], list[Tensor]] = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            decays = id(p) not in norms and not PLACES.search(name)
+            head = recipe.head_lr is not None and (is_neck(name) or not name.startswith("backbone.body."))
+            kind = recipe.head_lr if head else recipe.lr, recipe.weight_decay if decays else 0.0
+            groups.setdefault(kind, []).append(p)
+    return torch.optim.AdamW(
+        [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()],
+        betas=tuple(recipe.betas),
+        foreach=foreach,
+    )
+
+
+def steps_per_unit(recipe: Recipe, length: int) -> float:
+    """Steps in one unit of ``milestones`` and ``eval_every``: one pass over ``length`` images, or one step."""
+    return length / (recipe.batch * recipe.accumulate * world()) if recipe.steps is None else 1.0
+
+
+def total_steps(recipe: Recipe, length: int) -> int:
+    """Steps of the whole training on a dataset of ``length`` images."""
+    return max(1, round((recipe.epochs or recipe.steps) * steps_per_unit(recipe, length)))
+
+
+def rate(recipe: Recipe, step: int, total: int, unit: float) -> float:
+    """What the learning rate is multiplied by at a step (from 0): linear warm-up times the schedule."""
+    warm = min(1.0, (step + 1) / (recipe.warmup + 1))
+    if recipe.schedule == "cosine":
+        return warm * (0.5 + 0.5 * math.cos(math.pi * step / total))
+    if recipe.schedule == "poly":
+        return warm * max(0.0, 1 - step / total) ** recipe.power
+    return warm * 0.1 ** sum(step >= milestone * unit for milestone in recipe.milestones)
+
+
+class Training:
+    """A model being trained: what changes from step to step, and how.
+
+    Attributes:
+        step: Steps done so far; ``total``: steps of the whole training; ``unit``: see :func:`steps_per_unit`.
+        model: The model itself, also where several processes train it.
+    """
+
+    def __init__(self, model: nn.Module, dataset: Dataset, recipe: Recipe, device: torch.device) -> None:
+        several_gpus = world() > 1 and device.type == "cuda"
+        self.model = (nn.SyncBatchNorm.convert_sync_batchnorm(model) if several_gpus else model).to(device).train()
+        self.dataset, self.recipe, self.device = dataset, recipe, device
+        self.unit = steps_per_unit(recipe, len(dataset))
+        self.total = total_steps(recipe, len(dataset))
+        self.step = 0
+        self.optimizer = build_optimizer(self.model, recipe)
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]  # what the schedule multiplies
+        self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "float16")
+        # Every process builds the same model, so nothing is sent at the start, and never anything that is frozen:
+        # what travels are the gradients of the trainable parameters.
+        self.parallel = (
+            DistributedDataParallel(self.model, init_sync=False, broadcast_buffers=False) if world() > 1 else self.model
+        )
+
+    def batches(self) -> Iterator[Batch]:
+        """The batches from the present step on, without end."""
+        recipe = self.recipe
+        stream = Stream(len(self.dataset), recipe.batch, recipe.accumulate, recipe.seed, self.step)
+        return loader(self.dataset, stream, recipe.seed, recipe.workers)
+
+    def backward(self, batches: list[Batch]) -> dict[str, float]:
+        """Gradients of the losses on the batches of one step, averaged over them; the losses.
+
+        Raises:
+            InputError: When a loss is not finite.
+        """
+        sums: dict[str, float] = {}
+        for part, batch in enumerate(batches):
+            # Random numbers inside the model follow from the step, as those of the data do.
+            torch.manual_seed(_number(self.recipe.seed, self.step, part, rank()))
+            images, targets = to_device(batch, self.device)
+            with self.parallel.no_sync() if world() > 1 and part + 1 < len(batches) else contextlib.nullcontext():
+                with autocast(self.recipe, self.device):
+                    losses = self.parallel(images, targets)
+                loss = sum(losses.values()) / len(batches)
+                if not torch.isfinite(loss):
+                    raise self._diverged(f"the loss is {loss.item()}", [batch])
+                self.scaler.scale(loss).backward()
+            for name, value in losses.items():
+                sums[name] = sums.get(name, 0.0) + value.item() / len(batches)
+        return sums
+
+    def update(self, batches: list[Batch]) -> float:
+        """Change the parameters by their gradients and take these away; the norm that the gradients had.
+
+        Raises:
+            InputError: When the gradients are not finite (in float16 such a step is left out instead).
+        """
+        for group, highest in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = highest * rate(self.recipe, self.step, self.total, self.unit)
+        self.scaler.unscale_(self.optimizer)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if not torch.isfinite(norm) and not self.scaler.is_enabled():
+            raise self._diverged("the gradient is not finite", batches)
+        if self.recipe.clip is not None:
+            nn.utils.clip_grads_with_norm_(parameters, self.recipe.clip, norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self.step += 1
+        return norm.item()
+
+    def _diverged(self, what: str, batches: list[Batch]) -> InputError:
+        files = ", ".join(str(target["file"]) for _, targets in batches for target in targets)
+        heads = "" if self.recipe.head_lr is None else f" or head_lr={self.recipe.head_lr}"
+        return InputError(f"{what} at step {self.step + 1} (images {files}): lower lr={self.recipe.lr}{heads}.")
+
+
+def fit(
+    model: nn.Module,
+    dataset: Dataset,
+    recipe: Recipe,
+    device: torch.device,
+    begin: Callable[[Training], None] | None = None,
+    after: Callable[[Training, dict[str, float]], None] | None = None,
+) -> list[float]:
+    """Train as long as the recipe says; the losses of the steps done here.
+
+    Args:
+        model: Changed in place.
+        dataset: Of the recipe's task, made with ``train=True``.
+        begin: Called once before the first step, to go on from an earlier state.
+        after: Called after every step with the losses by name, ``loss`` (their sum) and ``gradient_norm``.
+
+    Raises:
+        InputError: When a loss or gradient is not finite, or an image cannot be used.
+    """
+    training = Training(model, dataset, recipe, device)
+    if begin is not None:
+        begin(training)
+    losses: list[float] = []
+    batches = training.batches()
+    with progress(total=training.total, initial=training.step, desc=f"train {recipe.method}", unit="step") as bar:
+        while training.step < training.total:
+            step = list(islice(batches, recipe.accumulate))
+            parts = training.backward(step)
+            losses.append(sum(parts.values()))
+            norm = training.update(step)
+            bar.update()
+            bar.set_postfix(loss=f"{sum(losses[-20:]) / len(losses[-20:]):.3f}")
+            if after is not None:
+                after(training, {"loss": losses[-1], **parts, "gradient_norm": norm})
+    return losses
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, dataset: Dataset, recipe: Recipe, device: torch.device) -> dict | None:
+    """The task's metric of a trained model on a dataset, as plain numbers; None on all processes but the first."""
+    task = task_module(recipe.task)
+    was_training = model.training
+    model.to(device).eval()
+    mine = range(rank(), len(dataset), world())
+    chunks = [[(0, i) for i in mine[k : k + recipe.batch]] for k in range(0, len(mine), recipe.batch)]
+    batches = loader(dataset, chunks, recipe.seed, recipe.workers)
+    records = []
+    for images, targets in progress(batches, f"eval {recipe.method}", len(chunks), unit="batch"):
+        with autocast(recipe, device):
+            predictions = model([image.to(device) for image in images])
+        records += [task.record(on(p, "cpu"), target) for p, target in zip(predictions, targets, strict=True)]
+    model.train(was_training)
+    every = gather(list(zip(mine, records, strict=True)))
+    if every is None:
+        return None
+    return task.summary([record for _, record in sorted(every, key=lambda pair: pair[0])], dataset)
+
+
+def autocast(recipe: Recipe, device: torch.device) -> torch.autocast:
+    """The recipe's precision; the weights themselves stay in float32."""
+    return torch.autocast(device.type, getattr(torch, recipe.precision), enabled=recipe.precision != "float32")
+
+
+def machine(recipe: Recipe, device: torch.device) -> dict:
+    """Where, how and when a number was measured."""
+    import timm
+    import torchvision
+
+    threads = torch.get_num_threads()
+    on_cpu = f"{platform.machine()} CPU, {threads} thread{'s' * (threads > 1)}"
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else on_cpu,
+        "processes": world(),
+        "precision": recipe.precision,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "timm": timm.__version__,
+        },
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _number(*key: int) -> int:
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)

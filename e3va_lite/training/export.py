@@ -1,0 +1,104 @@
+"""What training made, in one small file without the pretrained backbone: to keep, to send, to put beside it again."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from torch import nn
+
+from ..backbones.weights import fingerprint
+from ..errors import InputError
+from ..recipes.schema import recipe_from
+from . import checkpoint
+from .engine import build_model
+from .runs import Trained, open_run
+
+BODY = "backbone.body."  # where every task's model has its backbone
+
+
+def export(run: Path, path: Path, backbone_only: bool = False, best: bool = False, weights: str | None = None) -> int:
+    """Write the trained part of a run as a ``.safetensors`` file; its size in bytes.
+
+    Args:
+        run: A folder that ``e3va train`` wrote.
+        path: A new file.
+        backbone_only: Only what was trained in and beside the backbone (adapters and norms), without neck and head.
+        best: Take the best checkpoint, not the last one.
+        weights: See :func:`e3va_lite.training.runs.open_run`.
+
+    Raises:
+        InputError: If the file exists or has another ending, or for a folder that is no run.
+    """
+    if path.suffix != ".safetensors":
+        raise InputError(f"'{path}' must end in .safetensors.")
+    if path.exists():
+        raise InputError(f"'{path}' exists: choose another file.")
+    trained = open_run(run, best, weights)
+    state = checkpoint.kept_state(trained.model)
+    if backbone_only:
+        state = {name: tensor for name, tensor in state.items() if name.startswith(BODY)}
+        if not state:
+            raise InputError(
+                f"method {trained.recipe.method} trains nothing in the backbone: export neck and head too."
+            )
+    about = {
+        "backbone": trained.recipe.backbone,
+        "weights": trained.weights,
+        "classes": trained.classes,
+        "category_ids": trained.category_ids,
+        "recipe": asdict(trained.recipe),
+        "step": trained.step,
+        "backbone_only": backbone_only,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint.write(path, state, about)
+    return path.stat().st_size
+
+
+def load_adapters(backbone: nn.Module, path: str | Path) -> None:
+    """Put the adapters and norms of an exported file into a backbone from :func:`e3va_lite.build_backbone`.
+
+    Raises:
+        InputError: If the file cannot be read, or was made with another backbone, other pretrained weights, or another
+            method.
+    """
+    path = Path(path)
+    tensors, about = checkpoint.read(path)
+    _same_backbone(backbone, about, path)
+    mine = {name.removeprefix(BODY): tensor for name, tensor in tensors.items() if name.startswith(BODY)}
+    checkpoint.restore(backbone, mine, path)
+
+
+def load_exported(path: str | Path, weights: str | None = None) -> Trained:
+    """The whole model of an exported file, on the CPU.
+
+    Args:
+        weights: File of the pretrained weights, where the recipe's is elsewhere now.
+
+    Raises:
+        InputError: If the file cannot be read or holds no neck and head, or the backbone or its weights are others.
+    """
+    path = Path(path)
+    tensors, about = checkpoint.read(path)
+    if about.get("backbone_only", True):
+        raise InputError(f"'{path}' holds no neck and head: put it into a backbone with e3va_lite.load_adapters.")
+    recipe = recipe_from(about["recipe"] | ({"weights": weights} if weights else {}))
+    model = build_model(recipe, len(about["classes"]))
+    _same_backbone(model.backbone.body, about, path)
+    checkpoint.restore(model, tensors, path)
+    return Trained(model, recipe, about["classes"], about["category_ids"], None, about["step"], about["weights"])
+
+
+def _same_backbone(backbone: nn.Module, about: dict, path: Path) -> None:
+    if "backbone" not in about:
+        raise InputError(f"'{path}' was not written by `e3va export`: give the file of one.")
+    if _architecture(backbone.name) != _architecture(about["backbone"]):
+        raise InputError(f"'{path}' belongs to the backbone {about['backbone']}, not to {backbone.name}.")
+    if fingerprint(backbone.trunk) != about["weights"]:
+        raise InputError(
+            f"'{path}' was made with other pretrained weights of {about['backbone']} (their digest begins with "
+            f"{about['weights'][:12]}): load those."
+        )
+
+
+def _architecture(name: str) -> str:
+    return name.split(".")[0]

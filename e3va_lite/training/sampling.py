@@ -1,0 +1,110 @@
+"""Which images a training step sees, and which random numbers change them.
+
+Both follow from the seed and the number of the step alone, never from what ran before or on which process. That is why
+a run that was cut off goes on exactly as if it had not been, however many workers read its images.
+"""
+
+import itertools
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from ..errors import InputError
+from .distributed import rank, world
+
+Batch = tuple[list[Tensor], list[dict]]
+
+
+class Stream(Sampler):
+    """An endless row of batches: pass after pass over the data, each in an order of its own.
+
+    Step ``s`` takes the next ``batch * accumulate * world`` places of the row. The parts of one step lie side by side,
+    those of the processes too: two processes together see what one would see with twice the batch.
+
+    Args:
+        length: Images in the dataset.
+        batch: Images per process and backward pass.
+        accumulate: Backward passes per step.
+        seed: Of the orders.
+        first: Step to begin with.
+    """
+
+    def __init__(self, length: int, batch: int, accumulate: int, seed: int, first: int = 0) -> None:
+        self.length, self.batch, self.accumulate, self.seed, self.first = length, batch, accumulate, seed, first
+        self.order = lru_cache(maxsize=2)(self._order)
+
+    def _order(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng((self.seed, epoch)).permutation(self.length)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for number in itertools.count(self.first * self.accumulate):
+            start = (number * world() + rank()) * self.batch
+            places = (divmod(place, self.length) for place in range(start, start + self.batch))
+            yield [(epoch, int(self.order(epoch)[i])) for epoch, i in places]
+
+
+class _Items(Dataset):
+    """A dataset whose item is asked for by pass and index, and drawn with random numbers that follow from both.
+
+    An error of the data becomes an item, since a worker process would wrap it in a traceback.
+    """
+
+    def __init__(self, dataset: Dataset, seed: int) -> None:
+        self.dataset, self.seed = dataset, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, dict] | InputError:
+        try:
+            with seeded(self.seed, *key):
+                return self.dataset[key[1]]
+        except InputError as error:
+            return error
+
+
+def loader(dataset: Dataset, batches: Sampler, seed: int, workers: int) -> Iterator[Batch]:
+    """Read and augment the images of ``batches``, lists of (pass, index).
+
+    Raises:
+        InputError: For an image or annotation that cannot be used.
+    """
+    own = torch.Generator()  # what the loader draws for its workers is drawn from nobody else's numbers
+    for items in DataLoader(
+        _Items(dataset, seed), batch_sampler=batches, num_workers=workers, collate_fn=list, generator=own
+    ):
+        for item in items:
+            if isinstance(item, InputError):
+                raise item
+        images, targets = zip(*items, strict=True)
+        yield list(images), list(targets)
+
+
+@contextmanager
+def seeded(*key: int) -> Iterator[None]:
+    """Inside, the random numbers of Python, numpy and torch's CPU follow from the key; outside, nothing has changed."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    words = [int(word) for word in np.random.SeedSequence(key).generate_state(3)]
+    random.seed(words[0])
+    np.random.seed(words[1])
+    torch.default_generator.manual_seed(words[2])
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Images and targets on the device; what is no tensor stays as it is."""
+    images, targets = batch
+    return [image.to(device) for image in images], [on(target, device) for target in targets]
+
+
+def on(items: dict, device: torch.device | str) -> dict:
+    """A target or prediction with its tensors on the device."""
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in items.items()}

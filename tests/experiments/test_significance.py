@@ -1,0 +1,54 @@
+"""How sure a difference is: against scipy's own tests, tables and simulation."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from e3va_lite.experiments.significance import difference, holm, interval
+
+
+def test_a_difference_by_hand():
+    d = difference([0.30, 0.40, 0.35], [0.20, 0.31, 0.24])  # .10 .09 .11: deviation .01, t(2) = 4.303
+    assert d.mean == pytest.approx(0.10) and (d.low, d.high) == pytest.approx((0.0752, 0.1248), abs=1e-4)
+    assert d.seeds == 3 and d.deviation == pytest.approx(0.01)
+
+
+def test_p_values_are_those_of_the_paired_t_test():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(0.3, 0.03, 8), rng.normal(0.28, 0.03, 8)
+    d = difference(a, b)
+    for margin in (0.0, 0.02, -0.02):
+        assert d.p_more(margin) == pytest.approx(stats.ttest_rel(a, b + margin, alternative="greater").pvalue)
+        assert d.p_less(margin) == pytest.approx(stats.ttest_rel(a, b + margin, alternative="less").pvalue)
+    assert d.p_more(0.01) + d.p_less(0.01) == pytest.approx(1)
+
+
+def test_scores_without_spread():
+    equal, above = difference([0.2, 0.2], [0.2, 0.2]), difference([0.3, 0.3], [0.2, 0.2])
+    assert equal.p_more() == equal.p_less() == 1 and equal.p_more(-0.02) == 0
+    assert above.p_more() == 0 and above.p_less() == 1
+
+
+def test_the_detectable_difference_is_found_four_times_in_five():
+    rng = np.random.default_rng(1)
+    once = difference(rng.normal(0, 1, 8), np.zeros(8))
+    true = once.detectable / once.deviation  # in deviations
+    found = [difference(rng.normal(true, 1, 8), np.zeros(8)).p_more() < 0.025 for _ in range(4000)]
+    assert 0.74 < np.mean(found) < 0.86
+
+
+def test_the_interval_holds_the_mean_in_95_of_100():
+    rng = np.random.default_rng(2)
+    hits = [abs(mean - 0.5) <= half for mean, half in (interval(rng.normal(0.5, 0.1, 5)) for _ in range(4000))]
+    assert 0.94 < np.mean(hits) < 0.96
+
+
+def test_holm_by_hand():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.9]) == [1.0, 1.0] and holm([]) == [] and holm([0.02]) == [0.02]
+
+
+def test_holm_lets_one_false_claim_in_twenty_through():
+    """Twenty claims, none of them true: how often at least one of them is believed."""
+    rng = np.random.default_rng(3)
+    assert np.mean([min(holm(rng.uniform(size=20).tolist())) < 0.05 for _ in range(4000)]) < 0.06
