@@ -6,21 +6,34 @@
 >>> e3va_lite.assert_isolated(backbone, images)
 """
 
-from .analysis.gradient_path import trace
-from .analysis.isolation import IsolationError, assert_isolated
-from .analysis.memory import ledger
-from .errors import InputError
-from .methods.registry import METHODS, build_backbone
-from .training.export import load_adapters
+from importlib import import_module
 
-__all__ = [
-    "METHODS",
-    "InputError",
-    "IsolationError",
-    "assert_isolated",
-    "build_backbone",
-    "ledger",
-    "load_adapters",
-    "trace",
-]
 __version__ = "0.1.0"
+
+#: Every public name and its module, which is imported when the name is first asked for: torch takes seconds.
+_HOMES = {
+    "E3VA": "highway",
+    "LowRankAdapter": "adapters",
+    "StandardAdapter": "adapters",
+    "METHODS": "methods.registry",
+    "build_backbone": "methods.registry",
+    "load_adapters": "training.export",
+    "IsolationError": "analysis.isolation",
+    "assert_isolated": "analysis.isolation",
+    "trace": "analysis.gradient_path",
+    "ledger": "analysis.memory",
+    "InputError": "errors",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value  # the next time Python finds it by itself
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -8,14 +8,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
-import torch
 
 from . import __version__
 from .errors import InputError, unknown
 
-# The library behind a command is imported when the command runs: `e3va --help` answers at once.
+# torch, and the library behind a command, are imported when the command runs: `e3va --help` answers at once.
+if TYPE_CHECKING:
+    import torch
 
 
 def main() -> None:
@@ -221,7 +223,7 @@ def memory(
 
     _new(figure, overwrite)
     loaded, size = _costed(recipe, backbone, size, precision, settings, batch_size)
-    where = _device(device) if device or not dry_run else torch.device("cpu")
+    where = _device("cpu" if dry_run and not device else device)
     table = memory_table(loaded, with_memory(split_methods(methods), mode), size, where, dry_run, checkpointing)
     click.echo(json.dumps(table, indent=2) if as_json else memory_text(table, modules))
     if figure:
@@ -541,7 +543,9 @@ def _new(file: Path | None, overwrite: bool) -> None:
         raise InputError(f"'{file}' exists: choose another place or pass --overwrite.")
 
 
-def _device(name: str | None) -> torch.device:
+def _device(name: str | None) -> "torch.device":
+    import torch
+
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
