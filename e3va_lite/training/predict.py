@@ -63,7 +63,7 @@ def predict(
     are. All coordinates refer to the upright image, see :func:`load_image`.
 
     Args:
-        model: Takes and returns what ``e3va_lite.tasks`` says; boxes are ``x1, y1, x2, y2``, half-open.
+        model: Takes and returns what ``e3va_lite.tasks.registry`` says; boxes are ``x1, y1, x2, y2``, half-open.
         paths: Files, or folders of images.
         out: A new or empty folder.
         task: ``voc`` (boxes), ``coco`` (boxes and masks) or ``ade20k`` (label maps).
