@@ -458,24 +458,64 @@ def _price(path: Path) -> dict:
 
 @cli.command()
 @click.argument("backbone", default="swin_nano")
+@click.option(
+    "--images",
+    "folders",
+    multiple=True,
+    type=PATH,
+    help="A folder of photographs, a folder per class in it; may be repeated, each has labels of its own.",
+)
+@click.option("--generated", is_flag=True, help="Generated silhouettes instead, where there are no photographs.")
+@click.option("--teacher", help="A ViT of timm whose tokens are targets, too, e.g. vit_small_patch14_dinov2.")
+@click.option("--teacher-weights", type=PATH, help="Its weights as a local file.  [default: timm's, from its hub]")
 @click.option("--out", type=PATH, help="A .safetensors file.  [default: data/pretrain/BACKBONE.safetensors]")
-@click.option("--steps", default=7000, show_default=True, type=click.IntRange(1))
-@click.option("--batch", default=16, show_default=True, type=click.IntRange(1))
-@click.option("--lr", default=7e-4, show_default=True, type=click.FloatRange(0, min_open=True))
+@click.option("--steps", default=20000, show_default=True, type=click.IntRange(1))
+@click.option("--batch", default=64, show_default=True, type=click.IntRange(1))
+@click.option("--lr", default=1e-3, show_default=True, type=click.FloatRange(0, min_open=True))
+@click.option("--size", default=112, show_default=True, type=click.IntRange(56), help="Pixels per side.")
+@click.option("--ema/--no-ema", default=True, show_default=True, help="Moving average of the weights, where better.")
 @click.option("--seed", default=0, show_default=True)
-@click.option("--workers", default=1, show_default=True, help="Processes that draw images.")
+@click.option("--workers", default=1, show_default=True, help="Processes that draw generated images.")
+@click.option("--cache", type=PATH, default="data/cache", show_default=True, help="Folder for decoded photographs.")
 @device_option
 @overwrite
 @as_json
-def pretrain(backbone, out, steps, batch, lr, seed, workers, device, overwrite, as_json) -> None:
-    """Remake the weights of swin_nano, or of another BACKBONE: dense supervision on generated images.
+def pretrain(
+    backbone,
+    folders,
+    generated,
+    teacher,
+    teacher_weights,
+    out,
+    steps,
+    batch,
+    lr,
+    size,
+    ema,
+    seed,
+    workers,
+    cache,
+    device,
+    overwrite,
+    as_json,
+) -> None:
+    """Pretrain swin_nano, or another BACKBONE, from nothing: on folders of photographs, or on generated images.
 
-    Goes on where it was cut off.
+    Goes on where it was cut off. A file SOURCE.txt in a folder of photographs (its public name on the first line, its
+    terms of use below) is copied into the card that is written beside the weights.
     """
+    from .experiments.pretrain import build_objective
     from .experiments.pretrain import pretrain as run
 
     out = out or Path("data/pretrain") / f"{backbone}.safetensors"
-    card = run(backbone, out, steps, batch, lr, seed, workers, str(_device(device)), overwrite)
+    _new(out, overwrite)
+    settings = {
+        "backbone": backbone, "images": folders, "generated": generated,
+        "teacher": teacher, "teacher_weights": teacher_weights, "steps": steps,
+        "batch": batch, "lr": lr, "size": size, "ema": ema, "seed": seed,
+    }  # fmt: skip
+    objective = build_objective(settings, cache, workers)
+    card = run(objective, settings, out, _device(device), overwrite)
     click.echo(json.dumps(card, indent=2) if as_json else f"saved: {out}, {card['parameters']:,} parameters")
 
 

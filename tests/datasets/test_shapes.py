@@ -32,7 +32,7 @@ from e3va_lite.datasets.shapes import (
 from e3va_lite.datasets.silhouettes import OUTLINES, fill
 from e3va_lite.datasets.voc import VOCDetection
 from e3va_lite.errors import InputError
-from e3va_lite.experiments.pretrain import PRETRAIN_OUTLINES
+from e3va_lite.experiments.pretrain_shapes import PRETRAIN_OUTLINES
 
 TRAIN, VAL, SEED, SIZE = 28, 6, 4, 144
 SPLITS = {
