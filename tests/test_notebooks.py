@@ -1,4 +1,9 @@
-"""The walkthrough: committed outputs are those of a clean run, every notebook runs, and a browser can run one."""
+"""The walkthrough: committed outputs are those of a clean run, every notebook runs, and a browser can run one.
+
+To run all notebooks again and keep their outputs:
+``TQDM_DISABLE=1 jupyter nbconvert --to notebook --execute --inplace notebooks/0*.ipynb``. The test in a browser needs
+Playwright and Chromium (``pip install playwright && playwright install chromium``, or the system's own Chromium).
+"""
 
 import contextlib
 import copy

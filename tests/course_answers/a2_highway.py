@@ -318,7 +318,7 @@ WRONG = [
         {
             "block_highway": (3, "the taps are read from the highway"),
             "block_cut": (2, "the gradient is not cut: it reaches"),
-            "block_learns": (2, "the gradient of e is changed on its way"),
+            "block_learns": (2, "the gradient of e is changed on its path"),
         },
     ),
     Wrong(

@@ -291,8 +291,8 @@ LONGEST = """
 def longest(graph, output, source):
     if output == source:
         return 0
-    ways = [(longest(graph, below, source), factor) for below, factor in graph[output]]
-    return max((length + (factor != 1) for length, factor in ways if length is not None), default=None)
+    paths = [(longest(graph, below, source), factor) for below, factor in graph[output]]
+    return max((length + (factor != 1) for length, factor in paths if length is not None), default=None)
 """
 
 
@@ -320,7 +320,7 @@ WRONG = [
         "frozen means free",
         "kept",
         kept("trained[i]", "trained[i - 1]"),
-        {"kept_bent": (2, "The gradient passes this GELU on its way down")},
+        {"kept_bent": (2, "The gradient passes this GELU on its path")},
     ),
     Wrong(
         "a GELU keeps nothing",
@@ -412,7 +412,7 @@ def derivative(graph, output, source):
     return factor * derivative(graph, below, source)
 """
         + LONGEST,
-        {"ways_sum": (3, "the residual way is missing")},
+        {"ways_sum": (3, "the residual path is missing")},
     ),
     Wrong(
         "first input of every node only",
@@ -436,13 +436,13 @@ def derivative(graph, output, source, seen=None):
     return total
 """
         + LONGEST,
-        {"ways_sum": (3, "the residual way only")},
+        {"ways_sum": (3, "the residual path only")},
     ),
     Wrong(
         "inputs as a dict",
         "ways",
         DERIVATIVE.replace("in graph[output]", "in dict(graph[output]).items()") + LONGEST,
-        {"ways_sum": (3, "an input that is used twice has two ways")},
+        {"ways_sum": (3, "an input that is used twice has two paths")},
     ),
     Wrong(
         "additions counted as links",
@@ -454,13 +454,13 @@ def derivative(graph, output, source, seen=None):
         "shortest way",
         "ways",
         DERIVATIVE + LONGEST.replace("max(", "min("),
-        {"ways_links": (2, "this is the shortest way")},
+        {"ways_links": (2, "this is the shortest path")},
     ),
     Wrong(
         "no way has length 0",
         "ways",
         DERIVATIVE + LONGEST.replace("default=None", "default=0").replace("if length is not None", ""),
-        {"ways_links": (2, "no way leads there")},
+        {"ways_links": (2, "no path leads there")},
     ),
     Wrong(
         "adapters shorten the way",
@@ -472,7 +472,7 @@ def derivative(graph, output, source, seen=None):
         "depth does not matter",
         "links_in_stage",
         links("22", "24", "34"),
-        {"links_backbone": (2, "its way grows with the depth")},
+        {"links_backbone": (2, "its path grows with the depth")},
     ),
     Wrong(
         "hard-coded numbers",
@@ -486,6 +486,6 @@ def derivative(graph, output, source, seen=None):
         "highway grows",
         "links_in_stage",
         links(e3va="2.5 * depth"),
-        {"links_highway": (1, "the way does not grow with the depth")},
+        {"links_highway": (1, "the path does not grow with the depth")},
     ),
 ]

@@ -324,7 +324,7 @@ def gradient_reaches(model, images):
     Wrong("A taken for a wrong start", "found", named(A="start"), {"name_A": (1, "what leaks, and where?")}),
     Wrong("B taken for flags", "found", named(B="flags"), {"name_B": (1, "two passes in train mode differ")}),
     Wrong("C taken for a boundary", "found", named(C="boundary"), {"name_C": (1, "which no boundary stands before")}),
-    Wrong("D taken for a wrong start", "found", named(D="start"), {"name_D": (1, "Something cuts their way")}),
+    Wrong("D taken for a wrong start", "found", named(D="start"), {"name_D": (1, "Something interrupts their path")}),
     Wrong("E taken for a boundary", "found", named(E="boundary"), {"name_E": (1, "who says that they may?")}),
     Wrong("a place that is none", "found", named(E="the reductions"), {"name_E": (1, "has to be one of")}),
     Wrong("stages counted from 0", "found", named(entered=2), {"entered_stage": (1, "layers.2 is the third stage")}),
@@ -354,7 +354,7 @@ class RepairedA(SuspectA):
     def boundary(self, number, stage, l, e):
         return stage.downsample(l), stage.downsample(e.detach())
 """,
-        {"repair_A": (2, "something still cuts its way")},
+        {"repair_A": (2, "something still interrupts its path")},
     ),
     Wrong(
         "eval mode once",
