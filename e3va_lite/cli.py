@@ -519,6 +519,40 @@ def pretrain(
     click.echo(json.dumps(card, indent=2) if as_json else f"saved: {out}, {card['parameters']:,} parameters")
 
 
+@cli.command()
+@click.argument("backbones", nargs=-1, required=True)
+@click.option("--images", "folder", required=True, type=PATH, help="Photographs, a folder per class in it.")
+@weights_option
+@click.option("--known", default=8, show_default=True, type=click.IntRange(1), help="Images per class with a label.")
+@click.option("--named", default=23, show_default=True, type=click.IntRange(1), help="Further ones, to be named.")
+@click.option("--every", default=1, show_default=True, type=click.IntRange(1), help="Use every so many-th class.")
+@click.option("--size", default=112, show_default=True, type=click.IntRange(32), help="Pixels per side.")
+@click.option("--linear", is_flag=True, help="A linear classifier instead of the nearest neighbour.")
+@click.option("--cache", type=PATH, default="data/cache", show_default=True, help="Folder for decoded photographs.")
+@device_option
+@as_json
+def probe(backbones, folder, weights, known, named, every, size, linear, cache, device, as_json) -> None:
+    """What the frozen maps of BACKBONES know about photographs: nearest neighbours, or a linear probe, per stage.
+
+    Pixels and each backbone at random stand beside them.
+    """
+    import torch
+
+    from .experiments.probe import as_text
+    from .experiments.probe import probe as run
+    from .methods.registry import build_backbone
+
+    if weights and len(backbones) > 1:
+        raise InputError("--weights is a file of one backbone's weights: name one backbone with it.")
+    compared = {}
+    for name in backbones:
+        compared[name] = build_backbone("fixed", name, pretrained=weights is None, weights=weights)
+        torch.manual_seed(0)
+        compared[f"{name}, random"] = build_backbone("fixed", name)
+    result = run(folder, compared, known, named, every, size, linear, _device(device), cache)
+    click.echo(json.dumps(result, indent=2) if as_json else as_text(result))
+
+
 @cli.group()
 def data() -> None:
     """Datasets on disk."""

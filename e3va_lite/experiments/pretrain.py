@@ -2,15 +2,14 @@
 
 What is learned from is an *objective*, a module that joins a backbone with heads that are thrown away afterwards:
 
-    objective.backbone                                  what is pretrained
+    objective.backbone                                    what is pretrained
     objective.batches(start, steps, batch, seed, device)  what the steps from ``start`` on are trained on
-    objective.losses(*batch)                            its losses by name, which are added up
-    objective.accuracy(seed, device)                    on images held out: one number, and entries for the card
-    objective.card()                                    entries for the card: what was learned from
+    objective.losses(*batch)                              its losses by name, which are added up
+    objective.accuracy(seed, device)                      on images held out: one number, and entries for the card
+    objective.card()                                      entries for the card: what was learned from
 
-There are two: :class:`~e3va_lite.experiments.pretrain_photographs.PhotographObjective` and
-:class:`~e3va_lite.experiments.pretrain_shapes.GeneratedObjective`. What stays is the backbone, saved as float16 with a card
-beside it.
+There are two, :class:`~.pretrain_photographs.PhotographObjective` and :class:`~.pretrain_shapes.GeneratedObjective`.
+What stays is the backbone, saved as float16 with a card beside it.
 """
 
 import json
@@ -71,9 +70,9 @@ def pretrain(objective: nn.Module, settings: dict, out: Path, device: torch.devi
 
     Args:
         objective: See :func:`build_objective`.
-        settings: ``backbone``, ``steps``, ``batch``, ``lr``, ``seed`` and ``ema``: whether to keep an exponential moving
-            average of the weights, too, and to write that where it answers better on held-out images. A run that was cut
-            off goes on only with the settings, and the images, that it was begun with.
+        settings: ``backbone``, ``steps``, ``batch``, ``lr``, ``seed`` and ``ema``: whether to keep an exponential
+            moving average of the weights, too, and to write that where it answers better on held-out images. A run
+            that was cut off goes on only with the settings, and the images, that it was begun with.
 
     Returns:
         The card.

@@ -28,6 +28,7 @@ from ..errors import unknown
 
 LABELLED_STAGES = (2, 3, 4)
 DISTILLED_STAGES = (3, 4)
+DISTILL_WEIGHT = 5.0  # of each of the teacher's losses, 1 - cosine similarity, beside the labels' cross-entropy
 SCALE = (0.25, 1.0)  # share of an image's area that a random crop takes
 RATIO = (3 / 4, 4 / 3)
 JITTER = 0.3  # brightness and contrast change by up to this share
@@ -113,17 +114,13 @@ class Teacher(nn.Module):
 
 
 class PhotographObjective(nn.Module):
-    """Pretraining on photographs; see :mod:`e3va_lite.experiments.pretrain` for what an objective has to offer.
+    """Pretraining on photographs; :mod:`~e3va_lite.experiments.pretrain` says what an objective offers.
 
     Args:
         backbone: Every stage's map with a trained norm, as ``build_backbone("full", ...)`` gives it.
         sources: Photographs, each source with labels of its own.
         size: Pixels per side of a training image.
         teacher: Its tokens are targets, where there is one.
-        labels: Whether the labels are asked for; a teacher alone does without.
-        labelled_stages: Stages whose pooled maps name the class.
-        distill_weight: Weight of the teacher's losses beside the labels'.
-        early_size: Pixels per side in the first two thirds of the steps, where they differ.
     """
 
     def __init__(
@@ -132,18 +129,12 @@ class PhotographObjective(nn.Module):
         sources: Sequence[Photographs],
         size: int,
         teacher: Teacher | None = None,
-        labels: bool = True,
-        labelled_stages: Sequence[int] = LABELLED_STAGES,
-        distill_weight: float = 5.0,
-        early_size: int | None = None,
     ) -> None:
         super().__init__()
         self.backbone, self.sources, self.size, self.teacher = backbone, sources, size, teacher
-        self.early_size = early_size
-        self.labels, self.labelled_stages, self.distill_weight = labels, tuple(labelled_stages), distill_weight
         widths = dict(enumerate(backbone.out_channels, start=1))
         self.heads = nn.ModuleList(
-            nn.ModuleDict({str(stage): nn.Linear(widths[stage], len(source.classes)) for stage in labelled_stages})
+            nn.ModuleDict({str(stage): nn.Linear(widths[stage], len(source.classes)) for stage in LABELLED_STAGES})
             for source in sources
         )
         if teacher is not None:
@@ -178,8 +169,7 @@ class PhotographObjective(nn.Module):
             for source, pixels, (train, _), share in zip(self.sources, self.pixels, self.splits, shares, strict=True):
                 positions = train[epoch_positions(len(train), share, step, seed)]
                 chosen = pixels[positions.to(pixels.device)].to(device, non_blocking=True)
-                size = self.early_size if self.early_size and step < 2 * steps / 3 else self.size
-                images.append(augment(chosen, size, generator))
+                images.append(augment(chosen, self.size, generator))
                 labels.append(source.labels[positions].to(device))
             yield [torch.cat(images), *labels]
 
@@ -187,27 +177,25 @@ class PhotographObjective(nn.Module):
         images = normalise(images)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=images.device.type == "cuda"):
             maps = dict(enumerate(self.backbone(images), start=1))
-            losses = {}
-            if self.labels:
-                start = 0
-                for source, target, heads in zip(self.sources, labels, self.heads, strict=True):
-                    own = slice(start, start + len(target))
-                    start += len(target)
-                    of_stages = [
-                        F.cross_entropy(head(maps[int(stage)][own].mean(dim=(2, 3))), target)
-                        for stage, head in heads.items()
-                    ]
-                    losses[source.root.name] = sum(of_stages) / len(of_stages) * len(target) / len(images)
+            losses, start = {}, 0
+            for source, target, heads in zip(self.sources, labels, self.heads, strict=True):
+                own = slice(start, start + len(target))
+                start += len(target)
+                of_stages = [
+                    F.cross_entropy(head(maps[int(stage)][own].mean(dim=(2, 3))), target)
+                    for stage, head in heads.items()
+                ]
+                losses[source.root.name] = sum(of_stages) / len(of_stages) * len(target) / len(images)
             if self.teacher is not None:
                 tokens, class_token = self.teacher(images)
                 for stage, project in self.projections.items():
                     guess = project(maps[int(stage)])
                     target = F.adaptive_avg_pool2d(tokens, guess.shape[-2:])
                     off = 1 - F.cosine_similarity(guess.float(), target.float(), dim=1).mean()
-                    losses[f"tokens {stage}"] = self.distill_weight * off
+                    losses[f"tokens {stage}"] = DISTILL_WEIGHT * off
                 guess = self.class_projection(maps[4].mean(dim=(2, 3)))
                 off = 1 - F.cosine_similarity(guess.float(), class_token.float(), dim=1).mean()
-                losses["class token"] = self.distill_weight * off
+                losses["class token"] = DISTILL_WEIGHT * off
         return losses
 
     @torch.no_grad()
@@ -223,13 +211,15 @@ class PhotographObjective(nn.Module):
                 stage, head = list(heads.items())[-1]
                 named = head(self.backbone(normalise(images))[int(stage) - 1].mean(dim=(2, 3))).argmax(dim=1)
                 right += (named.cpu() == source.labels[positions]).sum().item()
-            shares[source.about()["name"]] = round(right / max(1, len(kept)), 4)
+            shares[source.root.name] = round(right / max(1, len(kept)), 4)
         return sum(shares.values()), {"accuracy_held_out": shares}
 
     def card(self) -> dict[str, object]:
         card: dict[str, object] = {
             "sources": [
-                source.about() | {"classes": len(source.classes), "photographs": len(train), "held_out": len(kept)}
+                {"folder": source.root.name}
+                | source.about()
+                | {"classes": len(source.classes), "photographs": len(train), "held_out": len(kept)}
                 for source, (train, kept) in zip(self.sources, self.splits, strict=True)
             ],
             "pixels": self.size,

@@ -181,7 +181,7 @@ def dense_accuracy(
 
 
 class GeneratedObjective(nn.Module):
-    """Pretraining on :class:`DenseShapes`; see :mod:`e3va_lite.experiments.pretrain` for what an objective has to offer."""
+    """Pretraining on :class:`DenseShapes`; :mod:`~e3va_lite.experiments.pretrain` says what an objective offers."""
 
     size = SIZE
 

@@ -4,13 +4,15 @@ Nothing is trained but, in the linear probe, one linear layer. An image is descr
 a LayerNorm without parameters, as a detector's neck would get it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..datasets.photographs import Photographs
+from ..analysis.text import text_table
+from ..datasets.photographs import Photographs, read_photographs
 from ..errors import InputError
 from .pretrain_photographs import normalise
 
@@ -19,16 +21,14 @@ PIXELS = 16  # images are reduced to this many pixels per side where pixels them
 
 
 @torch.no_grad()
-def describe(backbone: nn.Module, pixels: Tensor, device: torch.device, size: int | None = None) -> dict[str, Tensor]:
-    """One vector per image and stage: uint8 (N, 3, S, S) -> {"stage 1": float (N, C_1), ...}, on the CPU."""
+def describe(backbone: nn.Module, pixels: Tensor, device: torch.device) -> dict[int, Tensor]:
+    """One vector per image and stage: uint8 (N, 3, S, S) -> {1: float (N, C_1), ...}, on the CPU."""
     backbone = backbone.to(device).eval()
     stages: list[list[Tensor]] = []
     for batch in pixels.split(BATCH):
         images = batch.to(device).float() / 255
-        if size is not None and size != images.shape[-1]:
-            images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
         stages.append([x.mean(dim=(2, 3)).cpu() for x in backbone(normalise(images))])
-    return {f"stage {i}": torch.cat(maps) for i, maps in enumerate(zip(*stages, strict=True), start=1)}
+    return {stage: torch.cat(maps) for stage, maps in enumerate(zip(*stages, strict=True), start=1)}
 
 
 def describe_by_pixels(pixels: Tensor) -> Tensor:
@@ -85,11 +85,60 @@ def linear_probe(vectors: Tensor, labels: Tensor, known: Tensor, named: Tensor, 
         return (classifier(vectors[named]).argmax(dim=1) == labels[named]).float().mean().item()
 
 
-def accuracies(
-    score: Callable[[Tensor, Tensor, Tensor, Tensor], float],
-    described: dict[str, Tensor],
-    labels: Tensor,
-    splits: Sequence[tuple[Tensor, Tensor]],
-) -> dict[str, list[float]]:
-    """A score of every description, for every split: {"stage 1": [0.1, ...], ...}"""
-    return {name: [round(score(x, labels, *split), 4) for split in splits] for name, x in described.items()}
+def probe(
+    folder: str | Path,
+    backbones: Mapping[str, nn.Module],
+    known: int,
+    named: int,
+    every: int,
+    size: int,
+    linear: bool,
+    device: torch.device,
+    cache: Path | None = None,
+) -> dict:
+    """Compare backbones, and pixels, on one folder of photographs.
+
+    Args:
+        folder: Photographs, a folder per class.
+        backbones: Each with frozen maps, by the name under which it is reported.
+        known: Images of a class whose labels are known.
+        named: At most so many further images of a class are named.
+        every: Every ``every``-th class takes part; 1 for all.
+        size: Pixels per side of an image.
+        linear: Train a linear classifier instead of looking for the nearest neighbour.
+
+    Returns:
+        The protocol, and per description of an image the share that is named rightly.
+
+    Raises:
+        InputError: If the photographs cannot be read or a class has too few.
+    """
+    photographs = read_photographs(folder, size, cache)
+    split = balanced_split(photographs, known, named, every)
+    used = torch.cat(split)
+    pixels, labels = photographs.pixels[used], photographs.labels[used]
+    first, second = torch.arange(len(split[0])), torch.arange(len(split[0]), len(used))
+    score = linear_probe if linear else nearest_neighbour
+    rows = [{"backbone": "pixels", "stage": None, "accuracy": score(describe_by_pixels(pixels), labels, first, second)}]
+    for name, backbone in backbones.items():
+        for stage, vectors in describe(backbone, pixels, device).items():
+            rows.append({"backbone": name, "stage": stage, "accuracy": score(vectors, labels, first, second)})
+    return {
+        "protocol": "linear probe" if linear else "1-nearest-neighbour, cosine",
+        "source": photographs.about() | {"folder": photographs.root.name},
+        "classes": len(labels.unique()),
+        "known": len(first),
+        "named": len(second),
+        "pixels": size,
+        "rows": [row | {"accuracy": round(row["accuracy"], 4)} for row in rows],
+    }
+
+
+def as_text(result: dict) -> str:
+    """The result of :func:`probe` as a table for a terminal."""
+    rows = [[row["backbone"], str(row["stage"] or ""), f"{row['accuracy']:.3f}"] for row in result["rows"]]
+    head = (
+        f"{result['protocol']}: {result['classes']} classes of {result['source']['name']}, {result['known']} images "
+        f"known, {result['named']} named, {result['pixels']} pixels"
+    )
+    return f"{head}\n{text_table(['description', 'stage', 'right'], rows)}"
