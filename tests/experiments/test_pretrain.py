@@ -2,121 +2,203 @@ import json
 
 import numpy as np
 import pytest
+import timm
 import torch
-from safetensors.torch import load_file
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from e3va_lite import InputError, build_backbone
 from e3va_lite.backbones.swin import MINIATURES
+from e3va_lite.backbones.weights import fingerprint
 from e3va_lite.experiments import pretrain
+from e3va_lite.experiments import pretrain_photographs as photographs
+
+TEACHER = "vit_tiny_patch16_224"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """200 photographs of two sources, of other sizes and with labels of their own: stripes of a colour for each."""
+    root = tmp_path_factory.mktemp("photographs")
+    rng = np.random.default_rng(0)
+    for source, classes, side in (("one", 5, 64), ("two", 3, 80)):
+        for label in range(classes):
+            folder = root / source / f"class {label}"
+            folder.mkdir(parents=True)
+            for i in range(25):
+                image = rng.integers(0, 60, (side, side + 10, 3))
+                image[:, :: label + 2] += 120
+                Image.fromarray(image.astype(np.uint8)).save(folder / f"{i}.png")
+    return [root / "one", root / "two"]
+
+
+@pytest.fixture(scope="module")
+def teacher_weights(tmp_path_factory):
+    torch.manual_seed(1)
+    vit = timm.create_model(TEACHER, num_classes=0)
+    file = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
+    save_file(vit.state_dict(), file)
+    return file
 
 
 @pytest.fixture
-def quick(monkeypatch):
-    """Few pictures for the accuracy, and a state on disk every second step."""
-    monkeypatch.setattr(pretrain, "HELD_OUT", 8)
-    monkeypatch.setattr(pretrain, "SAVE_EVERY", 2)
-    return lambda out, backbone="swin_nano", steps=4, overwrite=False: pretrain.pretrain(
-        backbone, out, steps=steps, batch=2, lr=1e-3, seed=0, workers=0, device="cpu", overwrite=overwrite
-    )
+def run(folders):
+    def run(out, overwrite=False, **changes):
+        settings = {
+            "backbone": "swin_nano", "images": folders, "generated": False, "teacher": None, "teacher_weights": None,
+            "steps": 4, "batch": 6, "lr": 1e-3, "size": 56, "ema": True, "seed": 0, **changes,
+        }  # fmt: skip
+        return pretrain.pretrain(pretrain.build_objective(settings), settings, out, torch.device("cpu"), overwrite)
+
+    return run
 
 
-def test_images_are_the_same_in_every_run_and_labels_fit_the_pixels():
-    a, b = pretrain.DenseShapes(10, seed=3), pretrain.DenseShapes(99, seed=3)
-    for x, y in zip(a[7], b[7], strict=True):
-        assert torch.equal(x, y)
-    assert not torch.equal(a[7][0], a[8][0]) and not torch.equal(a[7][0], pretrain.DenseShapes(10, seed=4)[7][0])
-    for i in range(10):
-        image, outlines, textures, distances = a[i]
-        assert image.shape == (3, 112, 112) and image.min() >= 0 and image.max() <= 1
-        assert torch.equal(outlines == 0, textures == pretrain.IGNORE)  # a texture exactly where there is an object
-        assert torch.equal(outlines == 0, distances.sum(0) == 0)
+def stop_after(monkeypatch, steps):
+    """Press Ctrl-C in the step after the next ``steps``."""
+    losses, taken = photographs.PhotographObjective.losses, []
+
+    def stopping(self, *items):
+        if len(taken) == steps:
+            raise KeyboardInterrupt
+        taken.append(1)
+        return losses(self, *items)
+
+    monkeypatch.setattr(photographs.PhotographObjective, "losses", stopping)
 
 
-def test_distances_lead_to_the_sides_of_the_box_and_to_the_outline():
-    """A corner: 60 wide, 40 high, whose upper right part is missing."""
-    mask = np.zeros((112, 112), bool)
-    mask[30:70, 20:80] = True
-    mask[30:50, 40:80] = False
-    pixels = (28 * pretrain._distances(mask, y=np.array([60, 35]), x=np.array([30, 30]))).round(3)
-    left, top, right, bottom, *rays = pixels.T[0]
-    assert (left, top, right, bottom) == (10, 30, 49, 9)
-    east, _, south, _, west, _, north, north_east = rays
-    assert np.allclose((east, south, west, north), (49, 9, 10, 30), atol=1.5)
-    assert north_east == pytest.approx(10 * 2**0.5, abs=2)  # into the inner corner, not to the box
-    to_box, to_outline = pixels.T[1][[2, 4]]  # both to the right, from the arm that points up
-    assert to_box == 49 and to_outline == pytest.approx(9, abs=1.5)
-
-
-def test_a_cut_off_run_goes_on_as_if_nothing_had_happened(quick, tmp_path, monkeypatch):
-    quick(tmp_path / "whole.safetensors")
-
-    class Cut(Exception):
-        pass
-
-    class Bar(list):
-        def __init__(self, items, **_):
-            super().__init__()
-            self.items = items
-
-        def __iter__(self):
-            for n, item in enumerate(self.items):
-                if n == 3:
-                    raise Cut
-                yield item
-
-        def set_postfix_str(self, _):
-            pass
-
-    with monkeypatch.context() as patch, pytest.raises(Cut):
-        patch.setattr(pretrain, "tqdm", Bar)
-        quick(tmp_path / "cut.safetensors")
+@pytest.mark.parametrize("teacher", [False, True])
+def test_a_stopped_run_goes_on_as_if_nothing_had_happened(run, tmp_path, monkeypatch, teacher, teacher_weights):
+    options = {"teacher": TEACHER, "teacher_weights": teacher_weights} if teacher else {}
+    run(tmp_path / "whole.safetensors", **options)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_after(patch, 2)
+        run(tmp_path / "cut.safetensors", **options)
     assert (tmp_path / "cut.partial").exists() and not (tmp_path / "cut.safetensors").exists()
-    quick(tmp_path / "cut.safetensors")
+    run(tmp_path / "cut.safetensors", **options)
     whole, cut = load_file(tmp_path / "whole.safetensors"), load_file(tmp_path / "cut.safetensors")
-    assert all(torch.equal(whole[key], cut[key]) for key in whole)
+    assert whole.keys() == cut.keys() and all(torch.equal(whole[key], cut[key]) for key in whole)
     assert not (tmp_path / "cut.partial").exists()
 
 
+def test_states_are_written_by_time(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "SAVE_SECONDS", 0)
+    written = []
+    save = torch.save
+    monkeypatch.setattr(torch, "save", lambda state, file: written.append(state["step"]) or save(state, file))
+    run(tmp_path / "a.safetensors")
+    assert written == [1, 2, 3]
+
+
+@pytest.mark.parametrize("change", [{"lr": 2e-3}, {"seed": 1}, {"batch": 8}, {"size": 112}, {"steps": 5}])
+def test_a_state_of_other_settings_is_refused_and_kept(run, tmp_path, monkeypatch, change):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_after(patch, 1)
+        run(tmp_path / "a.safetensors")
+    before = (tmp_path / "a.partial").read_bytes()
+    with pytest.raises(InputError, match=r"a\.partial.*other settings.*to go on"):
+        run(tmp_path / "a.safetensors", **change)
+    assert (tmp_path / "a.partial").read_bytes() == before
+
+
+def test_a_state_of_other_photographs_is_refused(run, tmp_path, monkeypatch, folders):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_after(patch, 1)
+        run(tmp_path / "a.safetensors")
+    with pytest.raises(InputError, match="sources"):
+        run(tmp_path / "a.safetensors", images=folders[:1])
+    (tmp_path / "a.partial").write_bytes(b"damaged")
+    with pytest.raises(InputError, match="cannot be read"):
+        run(tmp_path / "a.safetensors")
+
+
 @pytest.mark.parametrize("backbone", MINIATURES)
-def test_weights_load_and_the_card_tells_how_to_remake_them(backbone, quick, tmp_path):
+def test_weights_load_and_the_card_says_where_they_are_from(backbone, run, tmp_path, folders):
     out = tmp_path / "weights.safetensors"
-    card = quick(out, backbone)
-    assert json.loads(out.with_suffix(".json").read_text()) == card
-    assert f"pretrain {backbone} --steps 4 --batch 2 --lr 0.001 --seed 0" in card["remake"] and card["images"] == 8
+    card = run(out, backbone=backbone)
+    assert json.loads(out.with_suffix(".json").read_text(encoding="utf-8")) == card
+    assert [source["classes"] for source in card["sources"]] == [5, 3] and card["images_seen"] == 24
+    assert set(card["accuracy_held_out"]) == {"one", "two"}
+    assert str(folders[0].parent) not in json.dumps(card)  # nobody's paths
     assert {value.dtype for value in load_file(out).values()} == {torch.float16}
-    build_backbone("e3va", backbone, weights=out)
+    swin = build_backbone("e3va", backbone, weights=out).trunk
+    assert fingerprint(swin) == card["fingerprint"]
     with pytest.raises(InputError, match="--overwrite"):
-        quick(out)
+        run(out)
 
 
-def test_accuracy_worked_by_hand():
-    """Two label maps of 28 x 28: in one four pixels that are named rightly and six not, in the other nothing."""
-    outlines, textures = torch.zeros(2, 28, 28, dtype=torch.int64), torch.full((2, 28, 28), pretrain.IGNORE)
-    outlines[0, 0, :4], outlines[0, 1, :4], outlines[0, 2, :2] = 3, 5, 5
-    textures[0, 0, :4], textures[0, 1, :4], textures[0, 2, :2] = 0, 1, 2
-    images, distances = torch.zeros(2, 3, 112, 112), torch.zeros(2, pretrain.DISTANCES, 28, 28)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"images": ()}, "--images FOLDER"),
+        ({"generated": True}, "one kind"),
+        ({"generated": True, "images": (), "teacher": TEACHER}, "--teacher goes with photographs"),
+        ({"teacher_weights": "x.safetensors"}, "--teacher NAME"),
+        ({"teacher": "vit_smal_patch14_dinov2"}, "vit_small_patch14_dinov2"),
+        ({"backbone": "swin_nona"}, "swin_nano"),
+    ],
+)
+def test_what_does_not_go_together_gets_one_sentence(run, tmp_path, changes, message):
+    with pytest.raises(InputError, match=message):
+        run(tmp_path / "a.safetensors", **changes)
+    assert not list(tmp_path.iterdir())
 
-    def model(images):
-        answers = torch.zeros(2, 17, 28, 28), torch.zeros(2, 8, 28, 28), torch.full((2, 12, 28, 28), 0.5)
-        answers[0][:, 0], answers[0][:, 3], answers[1][:, 1] = 9, 2, 2  # "ground, else the third", "the second"
-        return answers
 
-    model.eval = lambda: None
-    accuracy, commonest = pretrain.dense_accuracy(model, [(images, outlines, textures, distances)], torch.device("cpu"))
-    assert accuracy == pytest.approx({"outline": 0.4, "texture": 0.4, "distance_error_px": 14})
-    assert commonest == pytest.approx({"outline": 0.6, "texture": 0.4})
-
-
-@pytest.mark.slow
-def test_pretraining_beats_the_best_constant_answers(tmp_path, monkeypatch):
-    """Outlines are not among these: they take a thousand steps. The card of the shipped weights has them."""
-    monkeypatch.setattr(pretrain, "HELD_OUT", 100)
-    card = pretrain.pretrain(
-        "swin_nano", tmp_path / "n.safetensors", 300, 16, 7e-4, seed=0, workers=1, device="cpu", overwrite=False
+def test_the_average_is_written_where_it_answers_better(run, tmp_path, monkeypatch):
+    scores = iter([0.1, 0.9])  # of the weights, then of their average
+    monkeypatch.setattr(
+        photographs.PhotographObjective, "accuracy", lambda *_: (next(scores), {"accuracy_held_out": {}})
     )
-    accuracy = card["accuracy_on_100_held_out_images"]
-    assert accuracy["texture"] > card["always_the_commonest_answer"]["texture"] + 0.05
-    held_out = pretrain.DenseShapes(100, seed=1_000_000)
-    inside = torch.cat([distances[:, outlines > 0] for _, outlines, _, distances in held_out], dim=1)
-    same_everywhere = pretrain.SIZE / 4 * (inside - inside.median(dim=1, keepdim=True).values).abs().mean()
-    assert accuracy["distance_error_px"] < 0.75 * same_everywhere
+    assert run(tmp_path / "a.safetensors")["weights_are_a_moving_average"]
+    scores = iter([0.9, 0.1])
+    assert not run(tmp_path / "b.safetensors")["weights_are_a_moving_average"]
+    a, b = load_file(tmp_path / "a.safetensors"), load_file(tmp_path / "b.safetensors")
+    assert any(not torch.equal(a[key], b[key]) for key in a)
+    monkeypatch.undo()
+    run(tmp_path / "c.safetensors", ema=False)
+    c = load_file(tmp_path / "c.safetensors")
+    assert all(torch.equal(b[key], c[key]) for key in b)
+
+
+def test_every_epoch_shows_every_image_once():
+    shown = torch.cat([photographs.epoch_positions(10, 4, step, seed=3) for step in range(5)])
+    assert shown[:10].sort().values.tolist() == list(range(10)) == shown[10:].sort().values.tolist()
+    assert shown[:10].tolist() != shown[10:].tolist()
+    other = torch.cat([photographs.epoch_positions(10, 4, step, seed=4) for step in range(5)])
+    assert other.tolist() != shown.tolist()
+
+
+def test_augmented_images_keep_their_contents():
+    """A picture of one colour stays one colour, whose brightness changes; the same seed gives the same crops."""
+    pixels = torch.full((8, 3, 40, 40), 100, dtype=torch.uint8)
+    images = photographs.augment(pixels, 24, torch.Generator().manual_seed(0))
+    assert images.shape == (8, 3, 24, 24) and images.flatten(1).std(dim=1).max() < 1e-6
+    assert (images[:, 0, 0, 0] * 255 / 100 - 1).abs().max() <= photographs.JITTER + 1e-6
+    halves = torch.zeros(64, 3, 40, 40, dtype=torch.uint8)
+    halves[..., 20:] = 250
+    left, right = photographs.augment(halves, 24, torch.Generator().manual_seed(0))[:, 0, 12].split(12, dim=1)
+    flipped = (left.mean(dim=1) > right.mean(dim=1)).sum()
+    assert 16 < flipped < 48
+    again = photographs.augment(halves, 24, torch.Generator().manual_seed(0))[:, 0, 12]
+    assert torch.equal(torch.cat([left, right], dim=1), again)
+
+
+def test_a_teacher_gives_one_token_per_eight_pixels_and_never_learns(teacher_weights):
+    teacher = photographs.Teacher(TEACHER, teacher_weights).train()
+    assert not teacher.vit.training and not any(p.requires_grad for p in teacher.parameters())
+    images = torch.randn(2, 3, 56, 56)
+    tokens, class_token = teacher(images)
+    assert tokens.shape == (2, 192, 7, 7) and class_token.shape == (2, 192)
+    assert torch.allclose(tokens.norm(dim=1), torch.ones(2, 7, 7)) and torch.allclose(
+        class_token.norm(dim=1), torch.ones(2)
+    )
+    vit = timm.create_model(TEACHER, num_classes=0, img_size=112)
+    vit.load_state_dict(
+        timm.models.vision_transformer.checkpoint_filter_fn(load_file(teacher_weights), vit), strict=True
+    )
+    large = torch.nn.functional.interpolate(images, (112, 112), mode="bicubic", antialias=True)
+    [(expected, _)] = vit.eval().forward_intermediates(
+        large, indices=[10], return_prefix_tokens=True, intermediates_only=True
+    )
+    expected = torch.nn.functional.layer_norm(expected.permute(0, 2, 3, 1), (192,))
+    similar = torch.nn.functional.cosine_similarity(tokens.permute(0, 2, 3, 1), expected, dim=-1)
+    assert similar.min() > 0.999
