@@ -65,6 +65,12 @@ memory_option = click.option(
     help="How the E3VA family keeps its taps until the backward pass.  [default: compress]",
 )
 weights_option = click.option("--weights", help="File of the pretrained weights, where it is elsewhere now.")
+teacher_option = click.option(
+    "--teacher", help="A ViT of timm that has learned from more, e.g. vit_small_patch14_dinov2."
+)
+teacher_weights_option = click.option(
+    "--teacher-weights", type=PATH, help="The teacher's weights as a local file.  [default: timm's, from its hub]"
+)
 settings = click.option(
     "--set", "settings", multiple=True, metavar="FIELD=VALUE", help="Override a field of the recipe; may be repeated."
 )
@@ -466,8 +472,8 @@ def _price(path: Path) -> dict:
     help="A folder of photographs, a folder per class in it; may be repeated, each has labels of its own.",
 )
 @click.option("--generated", is_flag=True, help="Generated silhouettes instead, where there are no photographs.")
-@click.option("--teacher", help="A ViT of timm whose tokens are targets, too, e.g. vit_small_patch14_dinov2.")
-@click.option("--teacher-weights", type=PATH, help="Its weights as a local file.  [default: timm's, from its hub]")
+@teacher_option
+@teacher_weights_option
 @click.option("--out", type=PATH, help="A .safetensors file.  [default: data/pretrain/BACKBONE.safetensors]")
 @click.option("--steps", default=20000, show_default=True, type=click.IntRange(1))
 @click.option("--batch", default=64, show_default=True, type=click.IntRange(1))
@@ -501,7 +507,8 @@ def pretrain(
 ) -> None:
     """Pretrain swin_nano, or another BACKBONE, from nothing: on folders of photographs, or on generated images.
 
-    Goes on where it was cut off. A file SOURCE.txt in a folder of photographs (its public name on the first line, its
+    The tokens of a teacher, where one is named, are targets beside the labels. Goes on where it was cut off. A file
+    SOURCE.txt in a folder of photographs (its public name on the first line, its
     terms of use below) is copied into the card that is written beside the weights.
     """
     from .experiments.pretrain import build_objective
@@ -527,17 +534,22 @@ def pretrain(
 @click.option("--named", default=23, show_default=True, type=click.IntRange(1), help="Further ones, to be named.")
 @click.option("--every", default=1, show_default=True, type=click.IntRange(1), help="Use every so many-th class.")
 @click.option("--size", default=112, show_default=True, type=click.IntRange(32), help="Pixels per side.")
+@teacher_option
+@teacher_weights_option
 @click.option("--linear", is_flag=True, help="A linear classifier instead of the nearest neighbour.")
 @click.option("--cache", type=PATH, default="data/cache", show_default=True, help="Folder for decoded photographs.")
 @device_option
 @as_json
-def probe(backbones, folder, weights, known, named, every, size, linear, cache, device, as_json) -> None:
+def probe(
+    backbones, folder, weights, known, named, every, size, teacher, teacher_weights, linear, cache, device, as_json
+) -> None:
     """What the frozen maps of BACKBONES know about photographs: nearest neighbours, or a linear probe, per stage.
 
     Pixels and each backbone at random stand beside them.
     """
     import torch
 
+    from .experiments.pretrain_photographs import Teacher
     from .experiments.probe import as_text
     from .experiments.probe import probe as run
     from .methods.registry import build_backbone
@@ -549,7 +561,8 @@ def probe(backbones, folder, weights, known, named, every, size, linear, cache, 
         compared[name] = build_backbone("fixed", name, pretrained=weights is None, weights=weights)
         torch.manual_seed(0)
         compared[f"{name}, random"] = build_backbone("fixed", name)
-    result = run(folder, compared, known, named, every, size, linear, _device(device), cache)
+    vit = Teacher(teacher, teacher_weights) if teacher else None
+    result = run(folder, compared, known, named, every, size, linear, _device(device), vit, cache)
     click.echo(json.dumps(result, indent=2) if as_json else as_text(result))
 
 

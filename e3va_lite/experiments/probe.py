@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..analysis.text import text_table
 from ..datasets.photographs import Photographs, read_photographs
 from ..errors import InputError
-from .pretrain_photographs import normalise
+from .pretrain_photographs import Teacher, normalise
 
 BATCH = 100
 PIXELS = 16  # images are reduced to this many pixels per side where pixels themselves are the description
@@ -29,6 +29,18 @@ def describe(backbone: nn.Module, pixels: Tensor, device: torch.device) -> dict[
         images = batch.to(device).float() / 255
         stages.append([x.mean(dim=(2, 3)).cpu() for x in backbone(normalise(images))])
     return {stage: torch.cat(maps) for stage, maps in enumerate(zip(*stages, strict=True), start=1)}
+
+
+@torch.no_grad()
+def describe_by_teacher(teacher: Teacher, pixels: Tensor, device: torch.device) -> dict[str, Tensor]:
+    """A teacher's class token and the mean of its patch tokens: uint8 (N, 3, S, S) -> float (N, D) each, on the CPU."""
+    teacher = teacher.to(device)
+    both = [teacher(normalise(batch.to(device).float() / 255)) for batch in pixels.split(BATCH)]
+    tokens, class_tokens = zip(*both, strict=True)
+    return {
+        "class token": torch.cat(class_tokens).cpu(),
+        "patch tokens": torch.cat([x.mean(dim=(2, 3)) for x in tokens]).cpu(),
+    }
 
 
 def describe_by_pixels(pixels: Tensor) -> Tensor:
@@ -94,6 +106,7 @@ def probe(
     size: int,
     linear: bool,
     device: torch.device,
+    teacher: Teacher | None = None,
     cache: Path | None = None,
 ) -> dict:
     """Compare backbones, and pixels, on one folder of photographs.
@@ -106,6 +119,8 @@ def probe(
         every: Every ``every``-th class takes part; 1 for all.
         size: Pixels per side of an image.
         linear: Train a linear classifier instead of looking for the nearest neighbour.
+        teacher: Compared, too, where there is one.
+        cache: A folder for decoded photographs.
 
     Returns:
         The protocol, and per description of an image the share that is named rightly.
@@ -123,6 +138,9 @@ def probe(
     for name, backbone in backbones.items():
         for stage, vectors in describe(backbone, pixels, device).items():
             rows.append({"backbone": name, "stage": stage, "accuracy": score(vectors, labels, first, second)})
+    if teacher is not None:
+        for part, vectors in describe_by_teacher(teacher, pixels, device).items():
+            rows.append({"backbone": teacher.name, "stage": part, "accuracy": score(vectors, labels, first, second)})
     return {
         "protocol": "linear probe" if linear else "1-nearest-neighbour, cosine",
         "source": photographs.about() | {"folder": photographs.root.name},
