@@ -19,7 +19,7 @@ from ..errors import InputError
 from ..methods.registry import build_backbone
 from ..recipes.schema import Recipe
 from ..tasks.registry import task_module
-from .distributed import gather, progress, rank, world
+from .distributed import gather, mean, progress, rank, world
 from .sampling import Batch, Stream, loader, on, to_device
 
 
@@ -88,6 +88,7 @@ class Training:
 
     Attributes:
         step: Steps done so far; ``total``: steps of the whole training; ``unit``: see :func:`steps_per_unit`.
+        between_steps: Whether the model is as the last complete step left it.
         model: The model itself, also where several processes train it.
     """
 
@@ -98,6 +99,7 @@ class Training:
         self.unit = steps_per_unit(recipe, len(dataset))
         self.total = total_steps(recipe, len(dataset))
         self.step = 0
+        self.between_steps = True
         self.optimizer = build_optimizer(self.model, recipe)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]  # what the schedule multiplies
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "float16")
@@ -120,6 +122,7 @@ class Training:
             InputError: When a loss is not finite.
         """
         sums: dict[str, float] = {}
+        self.between_steps = False
         for part, batch in enumerate(batches):
             # Random numbers inside the model follow from the step, as those of the data do.
             torch.manual_seed(_number(self.recipe.seed, self.step, part, rank()))
@@ -154,6 +157,7 @@ class Training:
         self.scaler.update()
         self.optimizer.zero_grad()
         self.step += 1
+        self.between_steps = True
         return norm.item()
 
     def _diverged(self, what: str, batches: list[Batch]) -> InputError:
@@ -190,29 +194,33 @@ def fit(
         while training.step < training.total:
             step = list(islice(batches, recipe.accumulate))
             parts = training.backward(step)
-            losses.append(sum(parts.values()))
             norm = training.update(step)
+            values = mean({"loss": sum(parts.values()), **parts})
+            losses.append(values["loss"])
             bar.update()
             bar.set_postfix(loss=f"{sum(losses[-20:]) / len(losses[-20:]):.3f}")
             if after is not None:
-                after(training, {"loss": losses[-1], **parts, "gradient_norm": norm})
+                after(training, values | {"gradient_norm": norm})
     return losses
 
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, dataset: Dataset, recipe: Recipe, device: torch.device) -> dict | None:
-    """The task's metric of a trained model on a dataset, as plain numbers; None on all processes but the first."""
+    """The task's metric of a trained model on a dataset, as plain numbers; None on all processes but the first.
+
+    The model gets one image at a time: a detector pads a batch to its largest image, and so what it finds in one image
+    would depend on the others, that is on ``recipe.batch`` and on the number of processes.
+    """
     task = task_module(recipe.task)
     was_training = model.training
     model.to(device).eval()
     mine = range(rank(), len(dataset), world())
-    chunks = [[(0, i) for i in mine[k : k + recipe.batch]] for k in range(0, len(mine), recipe.batch)]
-    batches = loader(dataset, chunks, recipe.seed, recipe.workers)
+    batches = loader(dataset, [[(0, index)] for index in mine], recipe.seed, recipe.workers)
     records = []
-    for images, targets in progress(batches, f"eval {recipe.method}", len(chunks), unit="batch"):
+    for (image,), (target,) in progress(batches, f"eval {recipe.method}", len(mine), unit="image"):
         with autocast(recipe, device):
-            predictions = model([image.to(device) for image in images])
-        records += [task.record(on(p, "cpu"), target) for p, target in zip(predictions, targets, strict=True)]
+            (prediction,) = model([image.to(device)])
+        records.append(task.record(on(prediction, "cpu"), target))
     model.train(was_training)
     every = gather(list(zip(mine, records, strict=True)))
     if every is None:

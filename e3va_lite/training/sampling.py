@@ -6,7 +6,8 @@ a run that was cut off goes on exactly as if it had not been, however many worke
 
 import itertools
 import random
-from collections.abc import Iterator
+import signal
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 
@@ -66,7 +67,7 @@ class _Items(Dataset):
             return error
 
 
-def loader(dataset: Dataset, batches: Sampler, seed: int, workers: int) -> Iterator[Batch]:
+def loader(dataset: Dataset, batches: Iterable, seed: int, workers: int) -> Iterator[Batch]:
     """Read and augment the images of ``batches``, lists of (pass, index).
 
     Raises:
@@ -74,13 +75,38 @@ def loader(dataset: Dataset, batches: Sampler, seed: int, workers: int) -> Itera
     """
     own = torch.Generator()  # what the loader draws for its workers is drawn from nobody else's numbers
     for items in DataLoader(
-        _Items(dataset, seed), batch_sampler=batches, num_workers=workers, collate_fn=list, generator=own
+        _Items(dataset, seed),
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=_without_tensors,
+        generator=own,
+        worker_init_fn=_start_worker,
     ):
         for item in items:
             if isinstance(item, InputError):
                 raise item
         images, targets = zip(*items, strict=True)
-        yield list(images), list(targets)
+        yield [torch.from_numpy(image) for image in images], [_with_tensors(target) for target in targets]
+
+
+def _without_tensors(items: list) -> list:
+    """The items with numpy arrays, which travel as bytes: a tensor out of a worker holds a file as long as it lives."""
+    return [
+        item
+        if isinstance(item, InputError)
+        else (item[0].numpy(), {k: v.numpy() if isinstance(v, Tensor) else v for k, v in item[1].items()})
+        for item in items
+    ]
+
+
+def _with_tensors(target: dict) -> dict:
+    return {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in target.items()}
+
+
+def _start_worker(_: int) -> None:
+    """Ctrl-C reaches every process of a terminal: the workers go on until the training has ended its step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @contextmanager

@@ -1,15 +1,18 @@
 import csv
 import json
+import pickle
 import shutil
+from dataclasses import FrozenInstanceError, replace
 
 import pytest
 import torch
 from click.testing import CliRunner
+from pydantic import ValidationError
 
 from e3va_lite import InputError
 from e3va_lite import cli as command
 from e3va_lite.datasets.shapes import write_scenes
-from e3va_lite.recipes.schema import load_recipe
+from e3va_lite.recipes.schema import load_recipe, save_recipe
 from e3va_lite.tasks import voc
 from e3va_lite.training.engine import Training, build_model, build_optimizer, evaluate, fit, rate, total_steps
 from e3va_lite.training.sampling import Stream, loader
@@ -66,7 +69,7 @@ def data(scenes, split="train", train=True):
 
 def test_a_run_keeps_what_is_needed_to_repeat_and_to_evaluate_it(run, scenes):
     folder, result = run
-    names = ["best.safetensors", "last.safetensors", "losses.csv", "recipe.yaml", "run.json", "tensorboard"]
+    names = [".lock", "best.safetensors", "last.safetensors", "losses.csv", "recipe.yaml", "run.json", "tensorboard"]
     assert sorted(p.name for p in folder.iterdir()) == names
     assert json.loads((folder / "run.json").read_text()) == result
     assert load_recipe(str(folder / "recipe.yaml")) == small()
@@ -95,11 +98,11 @@ def test_tensorboard_gets_every_step_and_evaluation(run):
 def test_evaluation_comes_as_often_as_asked_and_the_best_is_kept(scenes, tmp_path, monkeypatch):
     metrics = iter([0.3, 0.5, 0.4, 0.2])
     monkeypatch.setattr("e3va_lite.training.runs.evaluate", lambda *_: {"ap50_11_point": next(metrics)})
-    from e3va_lite.training import runs
+    from e3va_lite.training import runs, trained
 
     result = runs.train(scenes, small(epochs=4, eval_every=1), tmp_path / "run", CPU)
     assert [e["step"] for e in result["evaluations"]] == [2, 4, 6, 8]
-    assert runs.open_run(tmp_path / "run", best=True).step == 4 and runs.open_run(tmp_path / "run").step == 8
+    assert trained.open_run(tmp_path / "run", best=True).step == 4 and trained.open_run(tmp_path / "run").step == 8
     result = json.loads((tmp_path / "run/run.json").read_text())
     assert result["result"]["ap50_11_point"] == 0.2  # the last one; the best one is named, not passed off as it
 
@@ -308,7 +311,7 @@ def test_clipping_and_rate_act_on_the_update(scenes):
         ("shapes", {"epoch": 3}, "unknown field of a recipe for voc 'epoch': did you mean epochs"),
         ("shapes", {"epochs": "many"}, "epochs='many' must be of type int"),
         ("shapes", {"epochs": 0}, "epochs=0 cannot work"),
-        ("shapes", {"lr": "-1e-3"}, "lr=-0.001 cannot work"),
+        ("shapes", {"lr": "-1e-3"}, "lr=-1e-3 cannot work"),
         ("shapes", {"schedule": "cosin"}, "unknown schedule 'cosin': did you mean cosine"),
         ("shapes", {"precision": "float8"}, "unknown precision 'float8': did you mean"),
         ("shapes", {"steps": 3, "epochs": 3}, "epochs=3 and steps=3: give exactly one"),
@@ -316,7 +319,12 @@ def test_clipping_and_rate_act_on_the_update(scenes):
         ("shapes", {"crop": 512}, "unknown field of a recipe for voc 'crop'"),
         ("shapes", {"task": "vok"}, "unknown task of a recipe 'vok': did you mean voc"),
         ("shapes", {"betas": "[0.9]"}, "betas=.* two numbers"),
+        ("shapes", {"betas": "[0.9, 1.5]"}, "betas=.* two numbers"),
         ("shapes", {"stages": "2"}, "stages=2 must be of type list"),
+        ("shapes", {"lr": "nan"}, "lr=nan cannot work"),
+        ("shapes", {"batch": True}, "batch=True must be of type int"),
+        ("shapes", {"workers": -1}, "workers=-1 cannot work: choose 0 or more"),
+        ("shapes", {"classes": "[no, yes]"}, "classes=False must be of type str; put quotes around it"),
     ],
 )
 def test_recipes_are_checked(name, overrides, message):
@@ -326,6 +334,30 @@ def test_recipes_are_checked(name, overrides, message):
 
 def test_numbers_may_look_as_yaml_reads_them():
     assert load_recipe("shapes", {"lr": "1e-3", "clip": "null", "epochs": "7"}).lr == 1e-3
+
+
+@pytest.mark.parametrize("text", ["{split}annot", "{split}", "2012", "yes", "a #b", "a: b", "[x"])
+def test_a_field_of_text_takes_the_text_as_it_stands(text):
+    recipe = load_recipe("ade20k-nano", {"masks": text, "listing": text, "images": f"'{text}'"})
+    assert (recipe.masks, recipe.listing, recipe.images) == (text, text, text)
+    assert load_recipe("ade20k-nano", {"listing": "null"}).listing is None
+
+
+def test_a_recipe_is_validated_however_it_is_made_and_cannot_be_changed():
+    recipe = small()
+    assert replace(recipe, batch=7).batch == 7 and pickle.loads(pickle.dumps(recipe)) == recipe
+    for wrong in ({"batch": 0}, {"bach": 2}, {"lr": "high"}):
+        with pytest.raises((ValidationError, TypeError)):
+            replace(recipe, **wrong)
+    with pytest.raises(FrozenInstanceError):
+        recipe.batch = 7
+
+
+def test_recipes_are_read_and_written_as_utf8_and_whole(tmp_path):
+    recipe = small(classes=["Hütte", "星"])
+    save_recipe(recipe, tmp_path / "recipe.yaml")
+    assert "星" in (tmp_path / "recipe.yaml").read_text(encoding="utf-8")
+    assert load_recipe(str(tmp_path / "recipe.yaml")) == recipe
 
 
 @pytest.mark.parametrize(
