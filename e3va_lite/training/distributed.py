@@ -19,7 +19,7 @@ EVALUATION_HOURS = 12  # how long a process waits for the others: the slowest on
 
 def start(device: torch.device) -> torch.device:
     """Join the processes that ``torchrun`` started, if it did; this process's device."""
-    if not LAUNCHED <= os.environ.keys():
+    if not os.environ.keys() >= LAUNCHED:
         return device
     if device.type == "cuda":
         local = int(os.environ["LOCAL_RANK"])

@@ -120,7 +120,7 @@ def train(
 
 @contextmanager
 def _claimed(run: Path, overwrite: bool, resume: bool) -> Iterator[None]:
-    """Inside, no other training writes into the run's folder; it is made if it is new, and removed if it stays empty."""
+    """Inside, no other training writes into the run's folder; a new one is made, and removed if it stays empty."""
     if rank() > 0:
         yield
         return
