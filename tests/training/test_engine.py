@@ -1,7 +1,11 @@
 import csv
 import json
+import os
 import pickle
+import resource
 import shutil
+import subprocess
+import sys
 from dataclasses import FrozenInstanceError, replace
 
 import pytest
@@ -248,6 +252,47 @@ def test_random_numbers_of_an_item_follow_from_pass_and_index_alone():
     assert torch.equal(torch.get_rng_state(), before)  # nobody else's numbers are disturbed
 
 
+@pytest.fixture
+def few_files():
+    """So few files may be open that hardly a dozen more fit."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 40, limit[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="this system does not list open files")
+def test_images_that_workers_read_hold_no_files(few_files):
+    class Images(torch.utils.data.Dataset):
+        def __getitem__(self, index):
+            boxes = torch.full((2, 4), float(index))
+            return torch.full((3, 8, 8), index / 200), {"boxes": boxes, "labels": torch.tensor(index), "file": "a"}
+
+    kept = list(loader(Images(), [[(0, i), (0, i + 1)] for i in range(0, 200, 2)], seed=0, workers=2))
+    assert len(kept) == 100
+    for step, (images, targets) in enumerate(kept):
+        for k, (image, target) in enumerate(zip(images, targets, strict=True)):
+            index = 2 * step + k
+            assert image.dtype == torch.float32 and (image == index / 200).all()
+            assert target["labels"] == index and (target["boxes"] == index).all() and target["file"] == "a"
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="this system does not list open files")
+def test_an_evaluation_of_many_images_needs_few_files(scenes, few_files):
+    class Often(torch.utils.data.Dataset):
+        def __init__(self, dataset):
+            self.dataset, self.classes = dataset, dataset.classes
+
+        def __len__(self):
+            return 60
+
+        def __getitem__(self, index):
+            return self.dataset[index % len(self.dataset)]
+
+    recipe = small(min_size=32, max_size=32, workers=2)
+    assert evaluate(build_model(recipe, 6), Often(data(scenes, "val", False)), recipe, CPU) is not None
+
+
 # Precision and accumulation
 
 
@@ -298,6 +343,73 @@ def test_clipping_and_rate_act_on_the_update(scenes):
     assert norm > 0.01 and moved == pytest.approx(
         0.5 * 0.5 * 0.01, rel=1e-3
     )  # half the rate: warm-up; cosine starts at 1
+
+
+# Commands
+
+
+def test_eval_takes_an_exported_file(run, scenes, tmp_path):
+    folder, result = run
+    file = tmp_path / "model.safetensors"
+    assert e3va("export", folder, "--out", file).exit_code == 0
+    again = e3va("eval", file, "--root", scenes, "--json")
+    assert json.loads(again.stdout)["result"] == result["result"]
+    assert "give the folder with --root" in str(e3va("eval", file).exception)
+    assert "exists: choose another place." in str(e3va("export", folder, "--out", file).exception)
+
+
+def test_the_default_folder_has_a_number_where_the_name_is_taken(scenes, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ("train", "voc", "--recipe", "shapes", "--root", scenes, *settings(epochs=None, steps=1))
+    for name in ("shapes-e3va", "shapes-e3va-2", "shapes-e3va-3"):
+        assert e3va(*arguments).stdout.endswith(f"run: runs/{name}\n")
+    (tmp_path / "runs/shapes-e3va-3/run.json").unlink()  # cut off
+    assert e3va(*arguments, "--resume").stdout.endswith("run: runs/shapes-e3va-3\n")
+    assert e3va(*arguments, "--overwrite").stdout.endswith("run: runs/shapes-e3va-3\n")
+    assert len(list((tmp_path / "runs").iterdir())) == 3
+
+
+def test_a_change_named_on_the_command_line_is_made(scenes, tmp_path):
+    arguments = ("train", "voc", "--recipe", "shapes", "--root", scenes, "--out", tmp_path / "run", "--json")
+    assert e3va(*arguments, *settings(epochs=None, steps=2)).exit_code == 0
+    (tmp_path / "run/run.json").unlink()
+    again = e3va(*arguments, *settings(epochs=None, steps=3, lr=1e-5), "--resume")
+    result = json.loads(again.stdout)
+    assert not result["bit_exact"] and result["changes"] == [{"after_step": 2, "steps": [2, 3], "lr": [0.002, 1e-5]}]
+
+
+@pytest.mark.parametrize("device", ["mps", "xpu", "meta", "cuda:99", "gpu9"])
+def test_a_device_that_is_not_there_is_one_sentence(device, run):
+    error = str(e3va("eval", run[0], "--device", device).exception)
+    assert f"--device {device}" in error and error.count("\n") == 0
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "memory --recipe shapes --methods fixed --dry-run --size 64x64 --figure {}.png",
+        "memory --recipe shapes --methods fixed --dry-run --size 64x64 --figure {}.what",
+        "gradpath --figures {}",
+        "tables --table 4 --figures {}",
+        "compare --out {} --data {}",
+        "reproduce --out {} --data {}",
+        "data shapes {}",
+        "pretrain --out {} --generated",
+    ],
+)
+def test_places_that_cannot_be_written_are_one_sentence_before_anything_is_computed(command, tmp_path):
+    (tmp_path / "file").touch()
+    words = command.format(tmp_path / "file/place", tmp_path / "file/place").split()
+    result = e3va(*words)
+    assert isinstance(result.exception, InputError) or result.exit_code == 2
+    assert str(tmp_path / "file") in str(result.exception) + result.stderr
+
+
+def test_names_that_the_terminal_cannot_show_do_not_stop_a_command(tmp_path):
+    code = "import sys, e3va_lite.cli as c; sys.argv = ['e3va', 'eval', '星']; c.main()"
+    environment = os.environ | {"PYTHONIOENCODING": "cp1252"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 2 and "'?' is not a run" in done.stderr
 
 
 # Bad input
