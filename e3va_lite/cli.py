@@ -310,6 +310,7 @@ def _train_command(task: str, help: str) -> None:
     @click.option("--backbone", help="swin_nano or one of timm's.  [default: the recipe's]")
     @memory_option
     @settings
+    @click.option("--weights", help="File of the pretrained weights.  [default: the recipe's]")
     @click.option("--init", type=PATH, help="Start from what fits of an earlier run, or of an exported file.")
     @click.option("--out", type=PATH, help="Folder of the run.  [default: runs/RECIPE-METHOD, and a number if taken]")
     @click.option("--resume", is_flag=True, help="Go on where the run was cut off: same command, and this.")
@@ -318,14 +319,15 @@ def _train_command(task: str, help: str) -> None:
     @overwrite
     @as_json
     def command(
-        root, recipe, method, backbone, mode, settings, init, out, resume, device, strict, overwrite, as_json
+        root, recipe, method, backbone, mode, settings, weights, init, out, resume, device, strict, overwrite, as_json
     ) -> None:
         from .training import distributed
         from .training.runs import train as run
 
         if resume and overwrite:
             raise InputError("--resume goes on with what is there and --overwrite removes it: give one of the two.")
-        chosen = [f"{key}={value}" for key, value in (("method", method), ("backbone", backbone)) if value]
+        options = {"method": method, "backbone": backbone, "weights": weights}
+        chosen = [f"{key}={value}" for key, value in options.items() if value]
         loaded = _recipe(recipe, (*settings, *chosen), task)
         if mode:
             loaded = replace(loaded, options={**loaded.options, "memory": mode})

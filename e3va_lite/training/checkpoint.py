@@ -1,4 +1,4 @@
-"""What a run keeps on disk: tensors and plain text in one safetensors file, never a pickle.
+"""Checkpoints: tensors and a JSON description in one safetensors file, never a pickle.
 
 Under its own name there is always a whole file, see :func:`e3va_lite.files.replacing`.
 """
@@ -54,19 +54,19 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict]:
 
 
 def kept_names(model: nn.Module) -> list[str]:
-    """Names of what training can change: all of the state but the frozen parameters."""
+    """Names of the state that training can change: all of the state dict but the frozen parameters."""
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     return [name for name in model.state_dict() if name not in frozen]
 
 
 def kept_state(model: nn.Module) -> dict[str, Tensor]:
-    """What training can change, by name."""
+    """The part of the state dict that training can change."""
     state = model.state_dict()
     return {name: state[name] for name in kept_names(model)}
 
 
 def restore(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    """Put what :func:`kept_state` gave into a model of the same making; all of it or, with an error, nothing."""
+    """Load what :func:`kept_state` returned into a model of the same recipe; all of it or, with an error, nothing."""
     wanted = {name: tensor.shape for name, tensor in kept_state(model).items()}
     wrong = [
         name for name in {*wanted, *tensors} if name not in tensors or wanted.get(name) != tensors[name].shape
@@ -77,7 +77,7 @@ def restore(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """AdamW's state by the names of its parameters."""
+    """AdamW's state, named after the parameters."""
     return {
         f"optimizer/{key}/{name}": value
         for name, parameter in model.named_parameters()
@@ -91,7 +91,7 @@ def without_optimizer(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put what :func:`optimizer_tensors` gave into a new optimizer of the same model."""
+    """Load what :func:`optimizer_tensors` returned into a new optimizer of the same model."""
     for name, parameter in model.named_parameters():
         for key in ("step", "exp_avg", "exp_avg_sq"):
             if (value := tensors.get(f"optimizer/{key}/{name}")) is not None:

@@ -1,4 +1,4 @@
-"""One process or several: what the training loop and the evaluation need to know of each other.
+"""Communication between the processes of a training or evaluation.
 
 Processes are started by ``torchrun``, one per device. Without it everything here is the plain case of one process.
 """
@@ -18,7 +18,7 @@ EVALUATION_HOURS = 12  # how long a process waits for the others: the slowest on
 
 
 def start(device: torch.device) -> torch.device:
-    """Join the processes that ``torchrun`` started, if it did; this process's device."""
+    """Join the processes that ``torchrun`` started, if it did; return this process's device."""
     if not os.environ.keys() >= LAUNCHED:
         return device
     if device.type == "cuda":
@@ -38,7 +38,7 @@ def start(device: torch.device) -> torch.device:
 
 
 def stop() -> None:
-    """Leave in good order."""
+    """Leave the group of processes."""
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -1,4 +1,4 @@
-"""What training made, in one small file without the pretrained backbone: to keep, to send, to put beside it again."""
+"""Exported files: the trained parameters of a run in one small file, without the frozen pretrained ones."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -17,12 +17,12 @@ BODY = "backbone.body."  # where every task's model has its backbone
 
 
 def export(run: Path, path: Path, backbone_only: bool = False, best: bool = False, weights: str | None = None) -> int:
-    """Write the trained part of a run as a ``.safetensors`` file; its size in bytes.
+    """Write the trained parameters of a run as a ``.safetensors`` file; return its size in bytes.
 
     Args:
         run: A folder that ``e3va train`` wrote.
         path: A new file.
-        backbone_only: Only what was trained in and beside the backbone (adapters and norms), without neck and head.
+        backbone_only: Only the trained parameters of the backbone and its adapters, without neck and head.
         best: Take the best checkpoint, not the last one.
         weights: See :func:`e3va_lite.training.trained.open_run`.
 
@@ -55,7 +55,7 @@ def export(run: Path, path: Path, backbone_only: bool = False, best: bool = Fals
 
 
 def load_adapters(backbone: nn.Module, path: str | Path) -> None:
-    """Put the adapters and norms of an exported file into a backbone from :func:`e3va_lite.build_backbone`.
+    """Load the adapters and norms of an exported file into a backbone from :func:`e3va_lite.build_backbone`.
 
     Raises:
         InputError: If the file cannot be read, or was made with another backbone, other pretrained weights, or another

@@ -22,32 +22,22 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 from torch.utils.data import Dataset
 
 from ..backbones.weights import fingerprint
 from ..errors import InputError
-from ..files import check_place, replacing
-from ..recipes.schema import Recipe, load_recipe, save_recipe
+from ..files import replacing
+from ..recipes.schema import Recipe, save_recipe
 from ..tasks.registry import task_module
 from . import checkpoint
 from .distributed import barrier, mean, rank, say, world
 from .engine import Training, build_model, evaluate, fit, machine
 from .export import open_trained
+from .run_folder import RESULT, claimed, contents, deliberate_changes, differing
 from .trained import BEST, LAST, RECIPE, start_from
 
-LOSSES, BOARD, RESULT, LOCK = "losses.csv", "tensorboard", "run.json", ".lock"
+LOSSES, BOARD = "losses.csv", "tensorboard"
 SAVE_SECONDS = 600  # the longest time between two checkpoints
-LOCK_SECONDS = 10  # how long a run that is resumed waits for the image readers of a killed process to end
-
-#: Fields that do not change what is learnt: a run goes on with whatever they are now. The pretrained weights themselves
-#: are compared, not the name of their file.
-FREE = {"workers", "save_every", "eval_every", "weights"}
-#: Fields that may be changed on purpose in the middle of a run.
-CHANGEABLE = {
-    *("lr", "head_lr", "weight_decay", "betas", "warmup", "schedule", "milestones", "power", "clip", "epochs", "steps"),
-    *("batch", "accumulate", "precision", "seed", "options", "drop_path_rate"),
-}
 
 
 def train(
@@ -86,8 +76,8 @@ def train(
     root = Path(root).absolute()  # a run is evaluated from any folder
     if recipe.weights is not None:
         recipe = replace(recipe, weights=str(Path(recipe.weights).expanduser().absolute()))
-    changed = _changes(run, recipe, set(changes)) if resume else {}
-    with _claimed(run, overwrite, resume):
+    changed = deliberate_changes(run, recipe, set(changes)) if resume else {}
+    with claimed(run, overwrite, resume):
         task = task_module(recipe.task)
         train_set = task.dataset(recipe, root, recipe.train_split, recipe.classes, train=True, strict=strict)
         eval_set = task.dataset(recipe, root, recipe.eval_split, train_set.classes, train=False, strict=strict)
@@ -104,89 +94,18 @@ def train(
             about["init"] = start_from(model, init, about["classes"])
             say(_taken(about["init"], about["classes"]))
         barrier()
-        keeper = _Keeper(run, recipe, about, eval_set, task.METRIC, resume, changed)
+        recorder = _Recorder(run, recipe, about, eval_set, task.METRIC, resume, changed)
         try:
-            with _interruptible(keeper):
-                fit(model, train_set, recipe, device, keeper.begin, keeper.after)
-            return keeper.finish(machine(recipe, device)) if rank() == 0 else None
+            with _interruptible(recorder):
+                fit(model, train_set, recipe, device, recorder.begin, recorder.after)
+            return recorder.finish(machine(recipe, device)) if rank() == 0 else None
         except OSError as error:  # the disk is full, or gone
             raise InputError(
                 f"'{run}' cannot be written ({error}): the last good checkpoint is kept; make room and go on with "
                 "--resume."
             ) from error
         finally:
-            keeper.close()
-
-
-@contextmanager
-def _claimed(run: Path, overwrite: bool, resume: bool) -> Iterator[None]:
-    """Inside, no other training writes into the run's folder; a new one is made, and removed if it stays empty."""
-    if rank() > 0:
-        yield
-        return
-    if not resume:
-        _check_free(run, overwrite)
-    new = not run.exists()
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(run / LOCK)
-        lock.acquire(timeout=LOCK_SECONDS if resume else 0)
-    except Timeout:
-        raise InputError(
-            f"another training is writing into '{run}': wait for its end or choose another --out."
-        ) from None
-    except OSError as error:
-        raise InputError(f"'{run}' cannot be written ({error}): choose another --out.") from None
-    try:
-        if not resume:
-            _check_free(run, overwrite)  # again, now that nobody else can change the answer
-        yield
-    finally:
-        lock.release()
-        if new and not _contents(run):
-            shutil.rmtree(run, ignore_errors=True)
-
-
-def _contents(run: Path) -> list[Path]:
-    return [path for path in run.iterdir() if path.name != LOCK] if run.is_dir() else []
-
-
-def _check_free(run: Path, overwrite: bool) -> None:
-    """Make sure that a run's folder can be written: it is new or empty, or its replacement was asked for."""
-    check_place(run, overwrite=True, folder=True)
-    if run.is_symlink():
-        raise InputError(f"'{run}' is a link: give the folder itself as --out.")
-    if _contents(run):
-        if not overwrite:
-            raise InputError(f"'{run}' exists: choose another --out, or pass --resume or --overwrite.")
-        if not (run / RECIPE).is_file():
-            raise InputError(f"'{run}' is not a run and will not be overwritten: choose another --out.")
-
-
-def _changes(run: Path, recipe: Recipe, named: set[str]) -> dict[str, list]:
-    """What a resumed run changes on purpose: old and new value by field.
-
-    Raises:
-        InputError: If there is nothing to resume, or something differs that was not named or cannot be changed.
-    """
-    if not (run / RECIPE).is_file():
-        raise InputError(f"'{run}' has no {RECIPE}: there is no run to resume; go without --resume.")
-    if (run / RESULT).is_file():
-        raise InputError(f"'{run}' is finished: there is nothing to resume. 'e3va eval {run}' evaluates it.")
-    was, now = asdict(load_recipe(str(run / RECIPE))), asdict(recipe)
-    differ = {key: [was.get(key), value] for key, value in now.items() if was.get(key) != value and key not in FREE}
-    if named & {"epochs", "steps"}:  # milestones keep their share of another length
-        named = named | {"epochs", "steps", "milestones"}
-    refused = {key: values for key, values in differ.items() if key not in named & CHANGEABLE}
-    if refused:
-        hint = "change it on purpose with --set" if refused.keys() <= CHANGEABLE else "choose another --out"
-        raise _differing(f"the recipe of '{run}' was another", refused, hint)
-    return differ
-
-
-def _differing(what: str, differ: dict[str, list], hint: str = "choose another --out") -> InputError:
-    values = "; ".join(f"{key} {was}, not {now}" for key, (was, now) in differ.items())
-    return InputError(f"{what} ({values}): resume with what it began with, or {hint}.")
+            recorder.close()
 
 
 def _taken(init: dict, classes: list[str]) -> str:
@@ -200,15 +119,15 @@ def _taken(init: dict, classes: list[str]) -> str:
 
 
 @contextmanager
-def _interruptible(keeper: "_Keeper") -> Iterator[None]:
+def _interruptible(recorder: "_Recorder") -> Iterator[None]:
     """Inside, Ctrl-C and SIGTERM let a training step end and its state be saved; asked twice, they do not wait.
 
     Between two steps one process stops at once. Several stop together after a step, or they would wait for each other.
     """
 
     def stop(*_) -> None:
-        again, keeper.stop = keeper.stop, True
-        if again or (world() == 1 and keeper.between_steps()):
+        again, recorder.stop = recorder.stop, True
+        if again or (world() == 1 and recorder.between_steps()):
             raise KeyboardInterrupt
 
     main = threading.current_thread() is threading.main_thread()
@@ -216,16 +135,16 @@ def _interruptible(keeper: "_Keeper") -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if keeper.rescue() and isinstance(error, KeyboardInterrupt):
-            say(f"the state after step {keeper.saved} is saved: go on with --resume.")
+        if recorder.rescue() and isinstance(error, KeyboardInterrupt):
+            say(f"the state after step {recorder.saved} is saved: go on with --resume.")
         raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-class _Keeper:
-    """Writes down what happens in a training, and reads it back."""
+class _Recorder:
+    """Records a training in the folder of its run, and goes on with what is recorded there."""
 
     def __init__(
         self, run: Path, recipe: Recipe, about: dict, eval_set: Dataset, metric: str, resume: bool, changed: dict
@@ -251,7 +170,7 @@ class _Keeper:
                 key: value for key, value in self.about.items() if key not in ("root", "init")
             }  # root may have moved
             if differ := {key: [was.get(key), value] for key, value in now.items() if was.get(key) != value}:
-                raise _differing(f"the data, weights or processes of '{self.run}' have changed", differ)
+                raise differing(f"the data, weights or processes of '{self.run}' have changed", differ)
             if "init" in was:
                 self.about["init"] = was["init"]
             checkpoint.restore(training.model, checkpoint.without_optimizer(tensors), self.run / LAST)
@@ -280,7 +199,7 @@ class _Keeper:
 
         rows: dict[int, str] = {}
         if not self.resume:
-            for path in _contents(self.run):
+            for path in contents(self.run):
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         elif (self.run / LOSSES).is_file():
             with (self.run / LOSSES).open(encoding="utf-8", newline="") as file:

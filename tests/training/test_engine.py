@@ -19,7 +19,7 @@ from e3va_lite.datasets.shapes import write_scenes
 from e3va_lite.recipes.schema import load_recipe, save_recipe
 from e3va_lite.tasks import voc
 from e3va_lite.training.engine import Training, build_model, build_optimizer, evaluate, fit, rate, total_steps
-from e3va_lite.training.sampling import Stream, loader
+from e3va_lite.training.sampling import StepSampler, loader
 
 SMALL = {
     "pretrained": False,
@@ -214,24 +214,24 @@ def first(stream, count):
 
 
 def test_every_pass_shows_every_image_once_in_an_order_of_its_own():
-    keys = [key for batch in first(Stream(10, 4, 1, seed=3), 5) for key in batch]
+    keys = [key for batch in first(StepSampler(10, 4, 1, seed=3), 5) for key in batch]
     assert [epoch for epoch, _ in keys] == [0] * 10 + [1] * 10
     orders = [[index for _, index in keys[k : k + 10]] for k in (0, 10)]
     assert sorted(orders[0]) == sorted(orders[1]) == list(range(10)) and orders[0] != orders[1]
-    assert orders[0] != [index for batch in first(Stream(10, 5, 1, seed=4), 2) for _, index in batch]
+    assert orders[0] != [index for batch in first(StepSampler(10, 5, 1, seed=4), 2) for _, index in batch]
 
 
 def test_a_stream_goes_on_where_another_stopped():
-    assert first(Stream(10, 4, 2, 0, first=3), 4) == first(Stream(10, 4, 2, 0), 10)[6:]
+    assert first(StepSampler(10, 4, 2, 0, first=3), 4) == first(StepSampler(10, 4, 2, 0), 10)[6:]
 
 
 def test_processes_and_accumulation_share_out_the_batch_of_one(monkeypatch):
-    whole = [set(batch) for batch in first(Stream(50, 12, 1, 0), 3)]
+    whole = [set(batch) for batch in first(StepSampler(50, 12, 1, 0), 3)]
     parts = []
     for number in range(2):
         monkeypatch.setattr("e3va_lite.training.sampling.rank", lambda number=number: number)
         monkeypatch.setattr("e3va_lite.training.sampling.world", lambda: 2)
-        parts.append(first(Stream(50, 3, 2, 0), 6))
+        parts.append(first(StepSampler(50, 3, 2, 0), 6))
     for step in range(3):
         seen = [key for part in parts for batch in part[2 * step : 2 * step + 2] for key in batch]
         assert len(seen) == 12 and set(seen) == whole[step]

@@ -18,8 +18,8 @@ import torch
 from e3va_lite import InputError
 from e3va_lite.datasets.shapes import write_scenes
 from e3va_lite.recipes.schema import load_recipe
-from e3va_lite.training import checkpoint, engine, runs, trained
-from e3va_lite.training.sampling import Stream
+from e3va_lite.training import checkpoint, engine, run_folder, runs, trained
+from e3va_lite.training.sampling import StepSampler
 
 from .test_runs import same_ending
 
@@ -73,7 +73,7 @@ def test_a_run_that_is_stopped_ends_its_step_and_goes_on_there(number, scenes, w
     runs.train(scenes, small(), folder, CPU, resume=True)
     assert "resuming at step 3 of 6" in capsys.readouterr().err
     same_ending(folder, whole)
-    assert json.loads((folder / runs.RESULT).read_text())["bit_exact"] is True
+    assert json.loads((folder / run_folder.RESULT).read_text())["bit_exact"] is True
 
 
 def test_ctrl_c_from_a_terminal_also_reaches_the_image_readers(scenes, tmp_path):
@@ -104,7 +104,7 @@ def test_a_signal_in_an_evaluation_stops_at_once_and_nothing_is_lost(scenes, who
 @pytest.mark.parametrize(("split", "saved"), [("val", 6), ("train", 2)])
 def test_an_image_that_cannot_be_read_costs_nothing_that_was_computed(split, saved, scenes, whole, tmp_path):
     root = shutil.copytree(scenes, tmp_path / "scenes")
-    fifth = list(islice(Stream(5, 1, 1, 0), 5))[-1][0][1]  # with batches of two, the third step sees it first
+    fifth = list(islice(StepSampler(5, 1, 1, 0), 5))[-1][0][1]  # with batches of two, the third step sees it first
     name = (root / f"ImageSets/Main/{split}.txt").read_text().split()[fifth if split == "train" else -1]
     image = root / f"JPEGImages/{name}.jpg"
     content = image.read_bytes()
@@ -128,7 +128,7 @@ def test_a_checkpoint_is_written_by_time_too(scenes, tmp_path, monkeypatch):
 def test_what_does_not_change_the_result_may_be_another(scenes, whole, tmp_path):
     folder = interrupted(scenes, tmp_path / "run", 2)
     runs.train(scenes, small(workers=1, save_every=1, eval_every=4), folder, CPU, resume=True)
-    result = json.loads((folder / runs.RESULT).read_text())
+    result = json.loads((folder / run_folder.RESULT).read_text())
     assert [e["step"] for e in result["evaluations"]] == [4, 6] and result["bit_exact"]
     a, b = (checkpoint.read(f / trained.LAST)[0] for f in (folder, whole))
     assert all(torch.equal(a[key], b[key]) for key in a)
@@ -158,7 +158,7 @@ def test_a_change_on_purpose_is_allowed_and_written_into_the_run(scenes, whole, 
     assert "changed from here on: lr 0.002 -> 0.0001" in capsys.readouterr().err
     assert load_recipe(str(folder / trained.RECIPE)) == recipe
     runs.train(scenes, recipe, folder, CPU, resume=True)  # now it is the run's own
-    result = json.loads((folder / runs.RESULT).read_text())
+    result = json.loads((folder / run_folder.RESULT).read_text())
     assert result["bit_exact"] is False and result["changes"] == [{"after_step": 3, "lr": [0.002, 0.0001]}]
     losses, before = ((f / runs.LOSSES).read_text().splitlines() for f in (folder, whole))
     assert losses[:5] == before[:5] and losses[6] != before[6]  # the fourth loss is before the first changed update
@@ -189,7 +189,7 @@ def test_a_relative_root_is_found_from_another_folder(scenes, tmp_path, monkeypa
 def test_files_of_a_run_have_the_permissions_of_new_files(whole, tmp_path):
     (tmp_path / "plain").touch()
     mode = stat.S_IMODE((tmp_path / "plain").stat().st_mode)
-    files = [path for path in whole.iterdir() if path.is_file() and path.name != runs.LOCK]
+    files = [path for path in whole.iterdir() if path.is_file() and path.name != run_folder.LOCK]
     assert len(files) == 5 and {stat.S_IMODE(path.stat().st_mode) for path in files} == {mode}
 
 
@@ -214,8 +214,8 @@ def test_the_second_of_two_runs_into_one_folder_is_refused(scenes, tmp_path, mon
 
 def test_a_running_run_is_not_resumed(scenes, tmp_path, monkeypatch):
     folder = interrupted(scenes, tmp_path / "run", 2)
-    monkeypatch.setattr(runs, "LOCK_SECONDS", 0)
-    with runs._claimed(folder, False, True), pytest.raises(InputError, match="another training is writing into"):
+    monkeypatch.setattr(run_folder, "LOCK_SECONDS", 0)
+    with run_folder.claimed(folder, False, True), pytest.raises(InputError, match="another training is writing into"):
         runs.train(scenes, small(), folder, CPU, resume=True)
 
 
