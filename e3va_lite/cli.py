@@ -14,6 +14,7 @@ import click
 
 from . import __version__
 from .errors import InputError, unknown
+from .files import check_picture, check_place
 
 # torch, and the library behind a command, are imported when the command runs: `e3va --help` answers at once.
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 def main() -> None:
     """Run the command; what the user can mend becomes one sentence and exit status 2."""
     os.environ.setdefault("MPLBACKEND", "Agg")  # figures become files
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal may not know all letters of a class's name
     warnings.showwarning = lambda message, *_: click.echo(f"warning: {message}", err=True)
     try:
         cli.main(prog_name="e3va", standalone_mode=False)
@@ -126,12 +129,12 @@ def compare(methods, seeds, root, recipe, settings, data, out, mode, device, ove
 
     *files, partial = [out.with_name(out.name + ending) for ending in (".json", ".png", ".partial")]
     for file in files:
-        if file.exists() and not overwrite:
-            raise InputError(f"'{file}' exists: choose another --out or pass --overwrite.")
+        check_place(file, overwrite)
+    check_place(data, overwrite=True, folder=True)
     loaded = _recipe(recipe or ("voc-nano" if root else "shapes"), settings)
     result = run(loaded, with_memory(methods or METHODS, mode), seeds, root, data, partial, _device(device))
     out.parent.mkdir(parents=True, exist_ok=True)
-    files[0].write_text(json.dumps(result, indent=2) + "\n")
+    files[0].write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     compare_figure(result).savefig(files[1])
     partial.unlink()
     if as_json:
@@ -158,7 +161,7 @@ def gradpath(methods, backbone, size, figures, overwrite, as_json) -> None:
 
     methods, pixels = methods or METHODS, image_size(size)
     for name in FIGURES if figures else ():
-        _new(figures / name, overwrite)
+        check_place(figures / name, overwrite)
     rows = [measure(spec, backbone, pixels) for spec in methods]
     if figures is not None:
         from .analysis.diagrams import save
@@ -227,7 +230,8 @@ def memory(
     from .analysis.cost import memory_table, memory_text, split_methods, with_memory
     from .analysis.plots import memory_figure
 
-    _new(figure, overwrite)
+    if figure:
+        check_picture(figure, overwrite)
     loaded, size = _costed(recipe, backbone, size, precision, settings, batch_size)
     where = _device("cpu" if dry_run and not device else device)
     table = memory_table(loaded, with_memory(split_methods(methods), mode), size, where, dry_run, checkpointing)
@@ -289,7 +293,7 @@ def tables(numbers, times, figures, overwrite, as_json) -> None:
     from .experiments.paper_tables import TIMES, as_text, paper_tables
 
     for name in TABLE_FIGURES if figures else ():
-        _new(figures / name, overwrite)
+        check_place(figures / name, overwrite)
     result = paper_tables(sorted(set(numbers)) or [1, 2, 3, 4], times or TIMES)
     click.echo(json.dumps(result, indent=2) if as_json else as_text(result))
     if figures:
@@ -308,30 +312,35 @@ def _train_command(task: str, help: str) -> None:
     @train.command(task, help=help)
     @click.option("--root", required=True, type=PATH, help="Folder of the dataset; data/README.md shows its layout.")
     @click.option("--recipe", default=task, show_default=True, help=f"{task}, {task}-nano or a YAML file.")
-    @click.option("--method", help="One of the twelve ways of tuning.  [default: the recipe's]")
+    @click.option("--method", help="One of the twelve fine-tuning methods.  [default: the recipe's]")
     @click.option("--backbone", help="swin_nano or one of timm's.  [default: the recipe's]")
     @memory_option
     @settings
-    @click.option("--out", type=PATH, help="Folder of the run.  [default: runs/RECIPE-METHOD]")
+    @click.option("--weights", help="File of the pretrained weights.  [default: the recipe's]")
+    @click.option("--init", type=PATH, help="Start from what fits of an earlier run, or of an exported file.")
+    @click.option("--out", type=PATH, help="Folder of the run.  [default: runs/RECIPE-METHOD, and a number if taken]")
     @click.option("--resume", is_flag=True, help="Go on where the run was cut off: same command, and this.")
     @device_option
     @strict
     @overwrite
     @as_json
     def command(
-        root, recipe, method, backbone, mode, settings, out, resume, device, strict, overwrite, as_json
+        root, recipe, method, backbone, mode, settings, weights, init, out, resume, device, strict, overwrite, as_json
     ) -> None:
         from .training import distributed
         from .training.runs import train as run
 
         if resume and overwrite:
             raise InputError("--resume goes on with what is there and --overwrite removes it: give one of the two.")
-        chosen = [f"{key}={value}" for key, value in (("method", method), ("backbone", backbone)) if value]
+        options = {"method": method, "backbone": backbone, "weights": weights}
+        chosen = [f"{key}={value}" for key, value in options.items() if value]
         loaded = _recipe(recipe, (*settings, *chosen), task)
         if mode:
             loaded = replace(loaded, options={**loaded.options, "memory": mode})
-        out = out or Path("runs") / f"{Path(recipe).stem}-{loaded.method}"
-        result = run(root, loaded, out, distributed.start(_device(device)), strict, overwrite, resume)
+        out = out or _default_run(f"{Path(recipe).stem}-{loaded.method}", new=not (resume or overwrite))
+        named = [setting.partition("=")[0] for setting in settings] + ["options"] * bool(mode)
+        where = distributed.start(_device(device))
+        result = run(root, loaded, out, where, strict, overwrite, resume, init, named)
         distributed.stop()
         _report(result, as_json, f"run: {out}")
 
@@ -339,6 +348,16 @@ def _train_command(task: str, help: str) -> None:
 _train_command("voc", "RetinaNet on Pascal VOC, or on any folder of that layout with classes of its own.")
 _train_command("coco", "Cascade Mask R-CNN on COCO, or on any folder of that layout with categories of its own.")
 _train_command("ade20k", "UPerNet on ADE20K, or on any folder of images and index masks with classes of its own.")
+
+
+def _default_run(name: str, new: bool) -> Path:
+    """``runs/NAME``, ``runs/NAME-2``, ...: the first that is free for a new run, or else the latest one."""
+    latest = free = Path("runs") / name
+    number = 1
+    while free.exists() and any(path.name != ".lock" for path in free.iterdir()):
+        latest, number = free, number + 1
+        free = Path("runs") / f"{name}-{number}"
+    return free if new else latest
 
 
 @cli.command("eval")
@@ -351,7 +370,7 @@ _train_command("ade20k", "UPerNet on ADE20K, or on any folder of images and inde
 @strict
 @as_json
 def evaluate(run, root, split, best, weights, device, strict, as_json) -> None:
-    """Evaluate the folder RUN that `e3va train` wrote, with the official metric of its task."""
+    """Evaluate RUN, a run or an exported file, with the official metric of its task."""
     from .training import distributed
     from .training.runs import evaluate_run
 
@@ -375,11 +394,10 @@ def predict(run, images, out, threshold, best, weights, device, overwrite) -> No
     The files are COCO results JSON and VOC text for boxes and masks, PNG for label maps. They hold everything; the
     pictures show what scores above the threshold.
     """
-    from .training.export import load_exported
+    from .training.export import open_trained
     from .training.predict import predict as draw
-    from .training.runs import open_run
 
-    trained = load_exported(run, weights) if run.is_file() else open_run(run, best, weights)
+    trained = open_trained(run, best, weights)
     out = out or (run.with_suffix("") if run.is_file() else run) / "predictions"
     recipe, ignore = trained.recipe, getattr(trained.recipe, "ignore", 0)
     about = (recipe.task, trained.classes, trained.category_ids, ignore)
@@ -422,6 +440,8 @@ def reproduce(parts, quick, data, out, jobs, costs, device) -> None:
     for part in parts:
         if part not in PARTS:
             raise unknown("part", part, PARTS)
+    check_place(out, overwrite=True)
+    check_place(data, overwrite=True, folder=True)
     arms = QUICK if quick else [pair for part in parts or PARTS for pair in PARTS[part]]
     where = _device(device)
     if costs:
@@ -447,6 +467,7 @@ def report(lines, out, price) -> None:
         raise InputError(f"'{lines}' holds no finished runs: 'e3va reproduce --out {lines}' makes them.")
     costs = None if price is None else _price(price)
     out = out or lines.with_suffix("")
+    check_place(out, overwrite=True, folder=True)
     summary = write(found, out, costs)
     for claim in summary["claims"]:
         click.echo(f"{claim['verdict']:>9}: {claim['claim']} ({claim['study']})")
@@ -455,7 +476,7 @@ def report(lines, out, price) -> None:
 
 def _price(path: Path) -> dict:
     try:
-        costs = json.loads(path.read_text())
+        costs = json.loads(path.read_text(encoding="utf-8"))
         [row["of_full"]["step"] for row in costs["rows"]]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise InputError(f"'{path}' is no output of 'e3va time --json' with full among its methods.") from error
@@ -515,7 +536,8 @@ def pretrain(
     from .experiments.pretrain import pretrain as run
 
     out = out or Path("data/pretrain") / f"{backbone}.safetensors"
-    _new(out, overwrite)
+    check_place(out, overwrite)
+    check_place(cache, overwrite=True, folder=True)
     settings = {
         "backbone": backbone, "images": folders, "generated": generated,
         "teacher": teacher, "teacher_weights": teacher_weights, "steps": steps,
@@ -586,6 +608,7 @@ def shapes(out, layout, train_images, val_images, size, world, seed, overwrite) 
     """Generate scenes of shapes in the genuine layout of Pascal VOC, COCO or ADE20K, into the folder OUT."""
     from .datasets.shapes import write_scenes
 
+    check_place(out, overwrite=True, folder=True)
     write_scenes(out, layout, train_images, val_images, seed=seed, size=size, world=world, overwrite=overwrite)
     click.echo(f"saved: {out}, {train_images} + {val_images} images in {layout} layout")
 
@@ -624,12 +647,6 @@ def _recipe(name: str, settings: tuple[str, ...], task: str | None = None):
     return load_recipe(name, {key: value for key, _, value in pairs}, task)
 
 
-def _new(file: Path | None, overwrite: bool) -> None:
-    """Before anything takes minutes: is there a file in the way of the one to be written?"""
-    if file is not None and file.exists() and not overwrite:
-        raise InputError(f"'{file}' exists: choose another place or pass --overwrite.")
-
-
 def _device(name: str | None) -> "torch.device":
     import torch
 
@@ -637,8 +654,11 @@ def _device(name: str | None) -> "torch.device":
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
         raise InputError(f"--device {name} is not understood: write cpu, cuda or cuda:0.") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"--device {name}: this machine has no CUDA device, or torch was built without it; use cpu.")
+    try:
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError) as error:  # torch has one for every device that it lacks
+        what = f"this machine has no {device.type.upper()} device, or torch was built without it"
+        raise InputError(f"--device {name}: {what}; use cpu.") from error
     return device
 
 

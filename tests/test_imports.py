@@ -15,6 +15,7 @@ SLOW = {"torch", "timm", "torchvision", "numpy", "scipy", "matplotlib", "mmseg"}
 # From the ground up: a file imports of its own floor and of those below. The last floor is the command line.
 FLOORS = (
     ("errors",),
+    ("files",),
     ("backbones", "adapters", "recipes"),
     ("fused", "datasets"),
     ("highway",),

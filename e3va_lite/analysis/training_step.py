@@ -45,7 +45,9 @@ class Step:
     def __init__(self, recipe: Recipe, model: nn.Module, images: list[Tensor], targets: list[dict]) -> None:
         self.recipe, self.model, self.images, self.targets = recipe, model.train(), images, targets
         # All parameters at once, as on CUDA, whose default it is.
-        self.optimizer = build_optimizer(model, replace(recipe, lr=0.0, head_lr=None), foreach=True)
+        self.optimizer = build_optimizer(model, replace(recipe, head_lr=None), foreach=True)
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.0
 
     def forward(self) -> Tensor:
         """The sum of the losses, in the recipe's precision."""

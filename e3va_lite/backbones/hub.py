@@ -27,5 +27,5 @@ def from_timm(name: str, pretrained: bool, options: dict) -> nn.Module:
     except OSError as error:  # huggingface_hub's and urllib's errors are all of this family
         raise InputError(
             f"the weights of '{name}' could not be fetched from timm's hub ({type(error).__name__}): check the "
-            "network, or download them elsewhere and pass the file with --weights."
+            "network, or download them elsewhere and name the file as the weights of the recipe."
         ) from error

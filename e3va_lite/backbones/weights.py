@@ -102,7 +102,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         known = ", ".join((".safetensors", *PICKLED_SUFFIXES))
         raise InputError(f"weights '{path}' end in '{path.suffix}': pass a file that ends in one of {known}.")
     if not path.is_file():
-        raise InputError(f"there is no weights file '{path}': check the path given with --weights.")
+        raise InputError(f"there is no weights file '{path}': check the path.")
     try:
         content = load_file(path) if suffix == ".safetensors" else _unpickle(path)
     except InputError:

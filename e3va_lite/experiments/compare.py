@@ -20,7 +20,7 @@ from ..datasets.shapes import VERSION, write_scenes
 from ..recipes.schema import Recipe
 from ..tasks import voc
 from ..training.engine import build_model, evaluate, fit, machine
-from ..training.sampling import Stream, loader, to_device
+from ..training.sampling import StepSampler, loader, to_device
 from .jsonl import append_line, read_lines
 from .significance import difference
 
@@ -114,7 +114,7 @@ def compare(
 def _cost(models: dict, recipes: dict, dataset: Dataset, device: torch.device) -> dict[str, dict]:
     """Peak bytes and seconds of one training step of each model, on the same batch."""
     recipe = next(iter(recipes.values()))
-    batches = loader(dataset, Stream(len(dataset), recipe.batch, 1, recipe.seed, 0), recipe.seed, workers=0)
+    batches = loader(dataset, StepSampler(len(dataset), recipe.batch, 1, recipe.seed, 0), recipe.seed, workers=0)
     images, targets = to_device(next(batches), device)
     steps = {spec: Step(recipes[spec], model, images, targets) for spec, model in models.items()}
     cost = {spec: {"peak_bytes": step.ledger().peak} for spec, step in steps.items()}

@@ -1,10 +1,9 @@
-"""What a run keeps on disk: tensors and plain text in one safetensors file, never a pickle.
+"""Checkpoints: tensors and a JSON description in one safetensors file, never a pickle.
 
-A file is written under another name and then renamed, so that under its own name there is always a whole one.
+Under its own name there is always a whole file, see :func:`e3va_lite.files.replacing`.
 """
 
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -13,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..files import replacing
 
 FORMAT = "e3va_lite 1"
 
@@ -23,16 +23,12 @@ def write(path: Path, tensors: dict[str, Tensor], about: dict) -> None:
     Raises:
         InputError: If it cannot be written; what was there is still there.
     """
-    unfinished = path.with_name(path.name + ".tmp")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    kept = "the one before it is still there" if path.exists() else "there was none before"
     try:
-        save_file(tensors, unfinished, {"format": FORMAT, "about": json.dumps(about)})
-        with unfinished.open("rb") as file:
-            os.fsync(file.fileno())  # the name must not reach the disk before the content does
-        unfinished.replace(path)
+        with replacing(path) as unfinished:
+            save_file(tensors, unfinished, {"format": FORMAT, "about": json.dumps(about)})
     except (OSError, SafetensorError) as error:
-        unfinished.unlink(missing_ok=True)
-        kept = "the one before it is still there" if path.exists() else "there was none before"
         raise InputError(f"'{path}' cannot be written ({error}); {kept}: make room and go on with --resume.") from error
 
 
@@ -58,19 +54,19 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict]:
 
 
 def kept_names(model: nn.Module) -> list[str]:
-    """Names of what training can change: all of the state but the frozen parameters."""
+    """Names of the state that training can change: all of the state dict but the frozen parameters."""
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     return [name for name in model.state_dict() if name not in frozen]
 
 
 def kept_state(model: nn.Module) -> dict[str, Tensor]:
-    """What training can change, by name."""
+    """The part of the state dict that training can change."""
     state = model.state_dict()
     return {name: state[name] for name in kept_names(model)}
 
 
 def restore(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    """Put what :func:`kept_state` gave into a model of the same making; all of it or, with an error, nothing."""
+    """Load what :func:`kept_state` returned into a model of the same recipe; all of it or, with an error, nothing."""
     wanted = {name: tensor.shape for name, tensor in kept_state(model).items()}
     wrong = [
         name for name in {*wanted, *tensors} if name not in tensors or wanted.get(name) != tensors[name].shape
@@ -81,7 +77,7 @@ def restore(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """AdamW's state by the names of its parameters."""
+    """AdamW's state, named after the parameters."""
     return {
         f"optimizer/{key}/{name}": value
         for name, parameter in model.named_parameters()
@@ -89,8 +85,13 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     }
 
 
+def without_optimizer(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The model's part of a checkpoint's tensors."""
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith("optimizer/")}
+
+
 def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put what :func:`optimizer_tensors` gave into a new optimiser of the same model."""
+    """Load what :func:`optimizer_tensors` returned into a new optimizer of the same model."""
     for name, parameter in model.named_parameters():
         for key in ("step", "exp_avg", "exp_avg_sq"):
             if (value := tensors.get(f"optimizer/{key}/{name}")) is not None:

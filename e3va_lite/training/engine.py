@@ -19,12 +19,12 @@ from ..errors import InputError
 from ..methods.registry import build_backbone
 from ..recipes.schema import Recipe
 from ..tasks.registry import task_module
-from .distributed import gather, progress, rank, world
-from .sampling import Batch, Stream, loader, on, to_device
+from .distributed import gather, mean, progress, rank, world
+from .sampling import Batch, StepSampler, loader, on, to_device
 
 
 def build_model(recipe: Recipe, num_classes: int) -> nn.Module:
-    """The recipe's detector or segmenter, new, on the CPU; the same on every process."""
+    """A new detector or segmenter as the recipe describes it, on the CPU, with the same weights on every process."""
     torch.manual_seed(recipe.seed)
     backbone = build_backbone(
         recipe.method,
@@ -38,21 +38,23 @@ def build_model(recipe: Recipe, num_classes: int) -> nn.Module:
     return task_module(recipe.task).model(recipe, backbone, num_classes)
 
 
-#: Swin's and Swin V2's tables, and what plain ViTs add to or put before their patches.
-PLACES = re.compile(r"relative_position_bias_table|cpb_mlp|logit_scale|pos_embed|cls_token|reg_token")
+#: Position parameters and extra tokens: Swin's and Swin V2's tables, a ViT's position embedding, class and registers.
+POSITIONS = re.compile(r"relative_position_bias_table|cpb_mlp|logit_scale|pos_embed|cls_token|reg_token")
 
 
 def build_optimizer(model: nn.Module, recipe: Recipe, foreach: bool | None = None) -> torch.optim.Optimizer:
-    """AdamW on what is trainable; no decay on layer norms and on what says where a token is, as is usual.
+    """AdamW on the trainable parameters; layer norms and position parameters have no weight decay, as is usual.
 
-    What is not in the backbone (neck and heads) learns at the recipe's ``head_lr``, where it has one.
-    ``foreach`` is torch's: all parameters at once; without, so on CUDA and one by one on a CPU.
+    Args:
+        model: Its neck and heads learn at the recipe's ``head_lr``, where there is one, everything else at ``lr``.
+        recipe: Learning rates, weight decay and betas.
+        foreach: Passed to AdamW: update all parameters at once.  Default: on CUDA only.
     """
     norms = {id(p) for m in model.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters(recurse=False)}
     groups: dict[tuple[float, float], list[Tensor]] = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            decays = id(p) not in norms and not PLACES.search(name)
+            decays = id(p) not in norms and not POSITIONS.search(name)
             head = recipe.head_lr is not None and (is_neck(name) or not name.startswith("backbone.body."))
             kind = recipe.head_lr if head else recipe.lr, recipe.weight_decay if decays else 0.0
             groups.setdefault(kind, []).append(p)
@@ -74,7 +76,7 @@ def total_steps(recipe: Recipe, length: int) -> int:
 
 
 def rate(recipe: Recipe, step: int, total: int, unit: float) -> float:
-    """What the learning rate is multiplied by at a step (from 0): linear warm-up times the schedule."""
+    """Factor of the learning rate at a step (from 0): linear warm-up times the schedule."""
     warm = min(1.0, (step + 1) / (recipe.warmup + 1))
     if recipe.schedule == "cosine":
         return warm * (0.5 + 0.5 * math.cos(math.pi * step / total))
@@ -84,10 +86,11 @@ def rate(recipe: Recipe, step: int, total: int, unit: float) -> float:
 
 
 class Training:
-    """A model being trained: what changes from step to step, and how.
+    """The state of a training, and the two halves of a step: the gradients and the update.
 
     Attributes:
         step: Steps done so far; ``total``: steps of the whole training; ``unit``: see :func:`steps_per_unit`.
+        between_steps: Whether the model is as the last complete step left it.
         model: The model itself, also where several processes train it.
     """
 
@@ -98,30 +101,32 @@ class Training:
         self.unit = steps_per_unit(recipe, len(dataset))
         self.total = total_steps(recipe, len(dataset))
         self.step = 0
+        self.between_steps = True
         self.optimizer = build_optimizer(self.model, recipe)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]  # what the schedule multiplies
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "float16")
-        # Every process builds the same model, so nothing is sent at the start, and never anything that is frozen:
-        # what travels are the gradients of the trainable parameters.
+        # Every process builds the same model, so nothing has to be broadcast at the start. Only the gradients of the
+        # trainable parameters are communicated, never anything that is frozen.
         self.parallel = (
             DistributedDataParallel(self.model, init_sync=False, broadcast_buffers=False) if world() > 1 else self.model
         )
 
     def batches(self) -> Iterator[Batch]:
-        """The batches from the present step on, without end."""
+        """The endless iterator of batches, from the present step on."""
         recipe = self.recipe
-        stream = Stream(len(self.dataset), recipe.batch, recipe.accumulate, recipe.seed, self.step)
+        stream = StepSampler(len(self.dataset), recipe.batch, recipe.accumulate, recipe.seed, self.step)
         return loader(self.dataset, stream, recipe.seed, recipe.workers)
 
     def backward(self, batches: list[Batch]) -> dict[str, float]:
-        """Gradients of the losses on the batches of one step, averaged over them; the losses.
+        """Accumulate the gradients of one step's batches; return the losses by name, averaged over the batches.
 
         Raises:
             InputError: When a loss is not finite.
         """
         sums: dict[str, float] = {}
+        self.between_steps = False
         for part, batch in enumerate(batches):
-            # Random numbers inside the model follow from the step, as those of the data do.
+            # The random numbers of the model, like those of the data, depend on the step alone.
             torch.manual_seed(_number(self.recipe.seed, self.step, part, rank()))
             images, targets = to_device(batch, self.device)
             with self.parallel.no_sync() if world() > 1 and part + 1 < len(batches) else contextlib.nullcontext():
@@ -136,10 +141,10 @@ class Training:
         return sums
 
     def update(self, batches: list[Batch]) -> float:
-        """Change the parameters by their gradients and take these away; the norm that the gradients had.
+        """Update the parameters and clear the gradients; return the norm that the gradients had.
 
         Raises:
-            InputError: When the gradients are not finite (in float16 such a step is left out instead).
+            InputError: When the gradients are not finite (in float16 such an update is skipped instead).
         """
         for group, highest in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = highest * rate(self.recipe, self.step, self.total, self.unit)
@@ -154,6 +159,7 @@ class Training:
         self.scaler.update()
         self.optimizer.zero_grad()
         self.step += 1
+        self.between_steps = True
         return norm.item()
 
     def _diverged(self, what: str, batches: list[Batch]) -> InputError:
@@ -170,7 +176,7 @@ def fit(
     begin: Callable[[Training], None] | None = None,
     after: Callable[[Training, dict[str, float]], None] | None = None,
 ) -> list[float]:
-    """Train as long as the recipe says; the losses of the steps done here.
+    """Train as long as the recipe says; return the losses of the steps done here, averaged over all processes.
 
     Args:
         model: Changed in place.
@@ -190,29 +196,33 @@ def fit(
         while training.step < training.total:
             step = list(islice(batches, recipe.accumulate))
             parts = training.backward(step)
-            losses.append(sum(parts.values()))
             norm = training.update(step)
+            values = mean({"loss": sum(parts.values()), **parts})
+            losses.append(values["loss"])
             bar.update()
             bar.set_postfix(loss=f"{sum(losses[-20:]) / len(losses[-20:]):.3f}")
             if after is not None:
-                after(training, {"loss": losses[-1], **parts, "gradient_norm": norm})
+                after(training, values | {"gradient_norm": norm})
     return losses
 
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, dataset: Dataset, recipe: Recipe, device: torch.device) -> dict | None:
-    """The task's metric of a trained model on a dataset, as plain numbers; None on all processes but the first."""
+    """The task's metric of a trained model on a dataset, as plain numbers; None on all processes but the first.
+
+    The model gets one image at a time: a detector pads a batch to its largest image, and so what it finds in one image
+    would depend on the others, that is on ``recipe.batch`` and on the number of processes.
+    """
     task = task_module(recipe.task)
     was_training = model.training
     model.to(device).eval()
     mine = range(rank(), len(dataset), world())
-    chunks = [[(0, i) for i in mine[k : k + recipe.batch]] for k in range(0, len(mine), recipe.batch)]
-    batches = loader(dataset, chunks, recipe.seed, recipe.workers)
+    batches = loader(dataset, [[(0, index)] for index in mine], recipe.seed, recipe.workers)
     records = []
-    for images, targets in progress(batches, f"eval {recipe.method}", len(chunks), unit="batch"):
+    for (image,), (target,) in progress(batches, f"eval {recipe.method}", len(mine), unit="image"):
         with autocast(recipe, device):
-            predictions = model([image.to(device) for image in images])
-        records += [task.record(on(p, "cpu"), target) for p, target in zip(predictions, targets, strict=True)]
+            (prediction,) = model([image.to(device)])
+        records.append(task.record(on(prediction, "cpu"), target))
     model.train(was_training)
     every = gather(list(zip(mine, records, strict=True)))
     if every is None:
@@ -221,12 +231,12 @@ def evaluate(model: nn.Module, dataset: Dataset, recipe: Recipe, device: torch.d
 
 
 def autocast(recipe: Recipe, device: torch.device) -> torch.autocast:
-    """The recipe's precision; the weights themselves stay in float32."""
+    """Autocast to the recipe's precision; the weights themselves stay in float32."""
     return torch.autocast(device.type, getattr(torch, recipe.precision), enabled=recipe.precision != "float32")
 
 
 def machine(recipe: Recipe, device: torch.device) -> dict:
-    """Where, how and when a number was measured."""
+    """Device, precision, versions and date, to be recorded beside a measured number."""
     import timm
     import torchvision
 

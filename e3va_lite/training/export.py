@@ -1,4 +1,4 @@
-"""What training made, in one small file without the pretrained backbone: to keep, to send, to put beside it again."""
+"""Exported files: the trained parameters of a run in one small file, without the frozen pretrained ones."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -7,31 +7,31 @@ from torch import nn
 
 from ..backbones.weights import fingerprint
 from ..errors import InputError
+from ..files import check_place
 from ..recipes.schema import recipe_from
 from . import checkpoint
 from .engine import build_model
-from .runs import Trained, open_run
+from .trained import Trained, open_run
 
 BODY = "backbone.body."  # where every task's model has its backbone
 
 
 def export(run: Path, path: Path, backbone_only: bool = False, best: bool = False, weights: str | None = None) -> int:
-    """Write the trained part of a run as a ``.safetensors`` file; its size in bytes.
+    """Write the trained parameters of a run as a ``.safetensors`` file; return its size in bytes.
 
     Args:
         run: A folder that ``e3va train`` wrote.
         path: A new file.
-        backbone_only: Only what was trained in and beside the backbone (adapters and norms), without neck and head.
+        backbone_only: Only the trained parameters of the backbone and its adapters, without neck and head.
         best: Take the best checkpoint, not the last one.
-        weights: See :func:`e3va_lite.training.runs.open_run`.
+        weights: See :func:`e3va_lite.training.trained.open_run`.
 
     Raises:
         InputError: If the file exists or has another ending, or for a folder that is no run.
     """
     if path.suffix != ".safetensors":
         raise InputError(f"'{path}' must end in .safetensors.")
-    if path.exists():
-        raise InputError(f"'{path}' exists: choose another file.")
+    check_place(path, overwrite=None)
     trained = open_run(run, best, weights)
     state = checkpoint.kept_state(trained.model)
     if backbone_only:
@@ -55,7 +55,7 @@ def export(run: Path, path: Path, backbone_only: bool = False, best: bool = Fals
 
 
 def load_adapters(backbone: nn.Module, path: str | Path) -> None:
-    """Put the adapters and norms of an exported file into a backbone from :func:`e3va_lite.build_backbone`.
+    """Load the adapters and norms of an exported file into a backbone from :func:`e3va_lite.build_backbone`.
 
     Raises:
         InputError: If the file cannot be read, or was made with another backbone, other pretrained weights, or another
@@ -86,6 +86,13 @@ def load_exported(path: str | Path, weights: str | None = None) -> Trained:
     _same_backbone(model.backbone.body, about, path)
     checkpoint.restore(model, tensors, path)
     return Trained(model, recipe, about["classes"], about["category_ids"], None, about["step"], about["weights"])
+
+
+def open_trained(path: Path, best: bool = False, weights: str | None = None) -> Trained:
+    """The model of a run's folder or of an exported file; see :func:`load_exported` and
+    :func:`e3va_lite.training.trained.open_run`.
+    """
+    return load_exported(path, weights) if path.is_file() else open_run(path, best, weights)
 
 
 def _same_backbone(backbone: nn.Module, about: dict, path: Path) -> None:

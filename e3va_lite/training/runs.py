@@ -3,49 +3,68 @@
 recipe.yaml            every setting
 last.safetensors       the newest state: what is trained, the optimiser, the step
 best.safetensors       what was trained when the task's metric was best
-losses.csv             a line per step
+losses.csv             a line per step, the mean over all processes
 tensorboard/           the same and more, for TensorBoard
 run.json               the result, written at the end
+.lock                  held while a training writes into the folder
 """
 
 import csv
 import json
 import math
 import shutil
+import signal
+import threading
 import time
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from torch import nn
 from torch.utils.data import Dataset
 
 from ..backbones.weights import fingerprint
 from ..errors import InputError
-from ..recipes.schema import Recipe, load_recipe, save_recipe
+from ..files import replacing
+from ..recipes.schema import Recipe, save_recipe
 from ..tasks.registry import task_module
 from . import checkpoint
-from .distributed import barrier, rank, world
+from .distributed import barrier, mean, rank, say, world
 from .engine import Training, build_model, evaluate, fit, machine
+from .export import open_trained
+from .run_folder import RESULT, claimed, contents, deliberate_changes, differing
+from .trained import BEST, LAST, RECIPE, start_from
 
-RECIPE, LAST, BEST, LOSSES, BOARD, RESULT = (
-    *("recipe.yaml", "last.safetensors", "best.safetensors"),
-    *("losses.csv", "tensorboard", "run.json"),
-)
+LOSSES, BOARD = "losses.csv", "tensorboard"
+SAVE_SECONDS = 600  # the longest time between two checkpoints
 
 
 def train(
-    root: Path, recipe: Recipe, run: Path, device: torch.device, strict=False, overwrite=False, resume=False
+    root: Path,
+    recipe: Recipe,
+    run: Path,
+    device: torch.device,
+    strict: bool = False,
+    overwrite: bool = False,
+    resume: bool = False,
+    init: Path | None = None,
+    changes: Iterable[str] = (),
 ) -> dict | None:
     """Train on a dataset, evaluate as often as the recipe says, and keep everything in the folder ``run``.
 
+    The state is saved before every evaluation, every ``save_every`` steps, at the latest after ten minutes, and when
+    Ctrl-C, SIGTERM or an image that cannot be read ends the training.
+
     Args:
         root: Folder of the dataset.
-        run: New, unless ``overwrite`` or ``resume``.
+        run: New, unless ``overwrite`` or ``resume``. One training at a time writes into it.
         strict: What would be left out of the data with a warning is an error.
-        overwrite: Replace an earlier run.
+        overwrite: Replace an earlier run, as soon as the first step of this one is done.
         resume: Go on with an earlier run, to the very weights that it would have had without the interruption.
+        init: The folder of another run or an exported file: what of it fits is the starting point.
+        changes: Fields of the recipe that ``resume`` may change on purpose. The change becomes part of the run, which
+            is no longer one that its recipe alone repeats bit for bit.
 
     Returns:
         The result, which is also in ``run/run.json``; None on all processes but the first.
@@ -54,135 +73,237 @@ def train(
         InputError: For anything wrong with the data, the recipe or the folder, before training starts where it can be
             known then; when a loss is not finite or the disk is full.
     """
-    if resume:
-        _same_recipe(run, recipe)
-        if (run / RESULT).is_file():
-            raise InputError(f"'{run}' is finished: there is nothing to resume. 'e3va eval {run}' evaluates it.")
-    elif rank() == 0:
-        _free(run, overwrite)
-    task = task_module(recipe.task)
-    train_set = task.dataset(recipe, root, recipe.train_split, recipe.classes, train=True, strict=strict)
-    eval_set = task.dataset(recipe, root, recipe.eval_split, train_set.classes, train=False, strict=strict)
-    model = build_model(recipe, len(train_set.classes))
-    about = {
-        "root": str(root),
-        "classes": list(train_set.classes),
-        "category_ids": getattr(train_set, "category_ids", None),
-        "weights": fingerprint(model.backbone.body.trunk),
-        "images": {recipe.train_split: len(train_set), recipe.eval_split: len(eval_set)},
-        "processes": world(),
-    }
-    if rank() == 0:
-        run.mkdir(parents=True, exist_ok=True)
-        save_recipe(recipe, run / RECIPE)
-    barrier()
-    keeper = _Keeper(run, recipe, about, eval_set, task.METRIC)
-    try:
-        fit(model, train_set, recipe, device, keeper.begin, keeper.after)
-        if rank() > 0:
-            return None
-        result = {
-            **about,
-            "steps": keeper.steps,
-            "train_seconds": round(keeper.seconds, 1),
-            "evaluations": keeper.evaluations,
-            "result": keeper.evaluations[-1],
-            "recipe": asdict(recipe),
-            **machine(recipe, device),
+    root = Path(root).absolute()  # a run is evaluated from any folder
+    if recipe.weights is not None:
+        recipe = replace(recipe, weights=str(Path(recipe.weights).expanduser().absolute()))
+    changed = deliberate_changes(run, recipe, set(changes)) if resume else {}
+    with claimed(run, overwrite, resume):
+        task = task_module(recipe.task)
+        train_set = task.dataset(recipe, root, recipe.train_split, recipe.classes, train=True, strict=strict)
+        eval_set = task.dataset(recipe, root, recipe.eval_split, train_set.classes, train=False, strict=strict)
+        model = build_model(recipe, len(train_set.classes))
+        about = {
+            "root": str(root),
+            "classes": list(train_set.classes),
+            "category_ids": getattr(train_set, "category_ids", None),
+            "weights": fingerprint(model.backbone.body.trunk),
+            "images": {recipe.train_split: len(train_set), recipe.eval_split: len(eval_set)},
+            "processes": world(),
         }
-        unfinished = run / (RESULT + ".tmp")
-        unfinished.write_text(json.dumps(result, indent=2) + "\n")
-        unfinished.replace(run / RESULT)
-        return result
-    except OSError as error:  # the disk is full, or gone
-        raise InputError(
-            f"'{run}' cannot be written ({error}): the last good checkpoint is kept; make room and go on with --resume."
-        ) from error
+        if init is not None and not (resume and (run / LAST).is_file()):
+            about["init"] = start_from(model, init, about["classes"])
+            say(_taken(about["init"], about["classes"]))
+        barrier()
+        recorder = _Recorder(run, recipe, about, eval_set, task.METRIC, resume, changed)
+        try:
+            with _interruptible(recorder):
+                fit(model, train_set, recipe, device, recorder.begin, recorder.after)
+            return recorder.finish(machine(recipe, device)) if rank() == 0 else None
+        except OSError as error:  # the disk is full, or gone
+            raise InputError(
+                f"'{run}' cannot be written ({error}): the last good checkpoint is kept; make room and go on with "
+                "--resume."
+            ) from error
+        finally:
+            recorder.close()
+
+
+def _taken(init: dict, classes: list[str]) -> str:
+    """What a training starts with, for people."""
+    lines = [f"started from '{init['from']}': {init['taken']} tensors taken"]
+    if init["classes"] != classes:
+        lines[0] += f"; its classes were {', '.join(init['classes'])}"
+    lines += [f"  not taken: {name}, {why}" for name, why in init["not_taken"].items()]
+    lines += [f"  new: {name}" for name in init["new"]]
+    return "\n".join(lines)
+
+
+@contextmanager
+def _interruptible(recorder: "_Recorder") -> Iterator[None]:
+    """Inside, Ctrl-C and SIGTERM let a training step end and its state be saved; asked twice, they do not wait.
+
+    Between two steps one process stops at once. Several stop together after a step, or they would wait for each other.
+    """
+
+    def stop(*_) -> None:
+        again, recorder.stop = recorder.stop, True
+        if again or (world() == 1 and recorder.between_steps()):
+            raise KeyboardInterrupt
+
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM) if main}
+    try:
+        yield
+    except BaseException as error:
+        if recorder.rescue() and isinstance(error, KeyboardInterrupt):
+            say(f"the state after step {recorder.saved} is saved: go on with --resume.")
+        raise
     finally:
-        keeper.close()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-class _Keeper:
-    """Writes down what happens in a training, and reads it back."""
+class _Recorder:
+    """Records a training in the folder of its run, and goes on with what is recorded there."""
 
-    def __init__(self, run: Path, recipe: Recipe, about: dict, eval_set: Dataset, metric: str) -> None:
+    def __init__(
+        self, run: Path, recipe: Recipe, about: dict, eval_set: Dataset, metric: str, resume: bool, changed: dict
+    ) -> None:
         self.run, self.recipe, self.about, self.eval_set, self.metric = run, recipe, about, eval_set, metric
+        self.resume, self.changed = resume, changed
+        self.changes: list[dict] = []  # of the recipe, on purpose, with the step after which each begins
         self.evaluations: list[dict] = []
-        self.steps = 0
         self.seconds = 0.0  # of training, evaluations not counted, over all parts of a run that was cut off
-        self.log = self.board = None
+        self.steps = self.saved = 0  # the last step that is written down, and that of the newest checkpoint
+        self.stop = False
+        self.training = self.log = self.board = None
+
+    def between_steps(self) -> bool:
+        return self.training is None or (self.training.between_steps and self.training.step == self.steps)
 
     def begin(self, training: Training) -> None:
-        """Go on from the last checkpoint, if there is one."""
-        if (self.run / LAST).is_file():
+        """Go on from the last checkpoint, if there is one and it is wanted."""
+        if self.resume and (self.run / LAST).is_file():
             tensors, state = checkpoint.read(self.run / LAST)
-            now = {key: value for key, value in self.about.items() if key != "root"}  # a folder may have moved
-            _same(f"the data, weights or processes of '{self.run}' have changed", state["about"], now)
-            _restore(training.model, tensors, self.run / LAST)
+            was = state["about"]
+            now = {
+                key: value for key, value in self.about.items() if key not in ("root", "init")
+            }  # root may have moved
+            if differ := {key: [was.get(key), value] for key, value in now.items() if was.get(key) != value}:
+                raise differing(f"the data, weights or processes of '{self.run}' have changed", differ)
+            if "init" in was:
+                self.about["init"] = was["init"]
+            checkpoint.restore(training.model, checkpoint.without_optimizer(tensors), self.run / LAST)
             checkpoint.restore_optimizer(training.model, training.optimizer, tensors)
             training.scaler.load_state_dict(state["scaler"])
-            training.step, self.evaluations, self.seconds = state["step"], state["evaluations"], state["seconds"]
-        if rank() == 0:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import, and only needed here
+            self.evaluations, self.seconds, self.changes = (
+                *(state["evaluations"], state["seconds"]),
+                state.get("changes", []),
+            )
+            self.steps = self.saved = training.step = state["step"]
+            if training.step > training.total:
+                raise InputError(f"'{self.run}' has done {training.step} steps already: train for more than that.")
+        self.training, self.clock, self.saved_at = training, time.monotonic(), time.monotonic()
+        if self.resume:
+            say(f"resuming at step {training.step} of {training.total}")
+            self._open()
+        evaluated = bool(self.evaluations) and self.evaluations[-1]["step"] == training.step
+        if training.step and self._is_due() and not evaluated:
+            self._evaluate()
 
-            rows = [["step", "loss"]]
-            if (self.run / LOSSES).is_file():
-                with (self.run / LOSSES).open(newline="") as file:
-                    rows += [row for row in csv.reader(file) if row[0].isdecimal() and int(row[0]) <= training.step]
-            self.log = (self.run / LOSSES).open("w", newline="", buffering=1)
-            csv.writer(self.log).writerows(rows)
-            self.board = SummaryWriter(str(self.run / BOARD), purge_step=training.step + 1)
-        self.steps = training.step
-        self.clock = time.monotonic()
-        if training.step == training.total and not self.evaluations:
-            self._evaluate(training)
+    def _open(self) -> None:
+        """Begin to write: into a new folder, over a run that is replaced, or behind what is there of this one."""
+        if rank() > 0:
+            return
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only needed here
+
+        rows: dict[int, str] = {}
+        if not self.resume:
+            for path in contents(self.run):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        elif (self.run / LOSSES).is_file():
+            with (self.run / LOSSES).open(encoding="utf-8", newline="") as file:
+                for row in csv.reader(file):  # a line that was cut off, or is blank, is none
+                    if len(row) == 2 and row[0].isdecimal() and int(row[0]) <= self.steps:
+                        rows.setdefault(int(row[0]), row[1])
+        if self.changed:
+            self.changes.append({"after_step": self.steps, **self.changed})
+            say(f"changed from here on: {'; '.join(f'{k} {a} -> {b}' for k, (a, b) in self.changed.items())}")
+            if self.saved:
+                self._save()  # before the recipe, from which the next resume would see no difference
+        with replacing(self.run / RECIPE) as unfinished:
+            save_recipe(self.recipe, unfinished)
+        self.log = (self.run / LOSSES).open("w", encoding="utf-8", newline="", buffering=1)
+        csv.writer(self.log).writerows([["step", "loss"], *rows.items()])
+        self.board = SummaryWriter(str(self.run / BOARD), purge_step=self.steps + 1)
 
     def after(self, training: Training, values: dict[str, float]) -> None:
-        """One step is done: write it down, evaluate and save when it is time."""
-        self.steps = step = training.step
-        if self.log is not None:
+        """One step is done: write it down, save and evaluate when it is time."""
+        step = training.step
+        if rank() == 0:
+            if self.log is None:  # a new run has proved that it can start
+                self._open()
             csv.writer(self.log).writerow([step, repr(values["loss"])])
             values["learning_rate"] = training.optimizer.param_groups[0]["lr"]
             for name, value in values.items():
                 self.board.add_scalar(f"train/{name}", value, step)
-        due = step == training.total
-        if self.recipe.eval_every is not None:  # units may be fractions of a step away from each other
-            every = self.recipe.eval_every * training.unit
-            due = due or math.floor(step / every) > math.floor((step - 1) / every)
-        if due or step % self.recipe.save_every == 0:
-            self.seconds += time.monotonic() - self.clock
-            if due:
-                self._evaluate(training)
-            if rank() == 0:
-                self._save(training)
-            self.clock = time.monotonic()
+        self.steps = step
+        stop = mean({"stop": float(self.stop)})["stop"] > 0
+        late = time.monotonic() - self.saved_at > SAVE_SECONDS
+        if stop or late or self._is_due() or step % self.recipe.save_every == 0:
+            self._save()
+        if stop:
+            raise KeyboardInterrupt
+        if self._is_due():
+            self._evaluate()
 
-    def _evaluate(self, training: Training) -> None:
+    def _is_due(self) -> bool:
+        """Whether the present step ends with an evaluation."""
+        step, training = self.training.step, self.training
+        if step == training.total or self.recipe.eval_every is None:
+            return step == training.total
+        every = self.recipe.eval_every * training.unit  # may be a fraction of a step
+        return math.floor(step / every) > math.floor((step - 1) / every)
+
+    def _evaluate(self) -> None:
+        """After the state was saved: an image that cannot be read costs nothing but the evaluation."""
+        training = self.training
         metrics = evaluate(training.model, self.eval_set, self.recipe, training.device)
-        if metrics is None:
-            return
-        metrics = {"step": training.step, "split": self.recipe.eval_split, **metrics}
-        for name, value in metrics.items():
-            if isinstance(value, float):
-                self.board.add_scalar(f"eval/{name}", value, training.step)
-        # An average over nothing is not a number, and worse than every number.
-        best = max((e[self.metric] or 0.0 for e in self.evaluations), default=-1.0)
-        self.evaluations.append(metrics)
-        if (metrics[self.metric] or 0.0) > best:
-            state = {"about": self.about, "step": training.step}
-            checkpoint.write(self.run / BEST, checkpoint.kept_state(training.model), state)
+        if metrics is not None:
+            metrics = {"step": training.step, "split": self.recipe.eval_split, **metrics}
+            for name, value in metrics.items():
+                if isinstance(value, float):
+                    self.board.add_scalar(f"eval/{name}", value, training.step)
+            # An average over nothing is not a number, and worse than every number.
+            best = max((e[self.metric] or 0.0 for e in self.evaluations), default=-1.0)
+            self.evaluations.append(metrics)
+            if (metrics[self.metric] or 0.0) > best:
+                state = {"about": self.about, "step": training.step}
+                checkpoint.write(self.run / BEST, checkpoint.kept_state(training.model), state)
+        self.clock = time.monotonic()
 
-    def _save(self, training: Training) -> None:
-        model = training.model
-        state = {
-            "about": self.about,
-            "step": training.step,
+    def _save(self) -> None:
+        """Write the state after the last step; a resumed run repeats an evaluation that is not in it."""
+        training, now = self.training, time.monotonic()
+        self.seconds, self.clock = self.seconds + now - self.clock, now
+        if rank() == 0:
+            state = {
+                "about": self.about,
+                "step": training.step,
+                "evaluations": self.evaluations,
+                "changes": self.changes,
+                "seconds": self.seconds,
+                "scaler": training.scaler.state_dict(),
+            }
+            tensors = checkpoint.kept_state(training.model)
+            tensors |= checkpoint.optimizer_tensors(training.model, training.optimizer)
+            checkpoint.write(self.run / LAST, tensors, state)
+        self.saved, self.saved_at = training.step, time.monotonic()
+        self.clock = self.saved_at
+
+    def rescue(self) -> bool:
+        """Save the last complete step, if that is still to be done and can be; whether there is a checkpoint now."""
+        if self.training is not None and self.between_steps() and self.saved < self.steps:
+            with suppress(InputError):
+                self._save()
+        return self.saved > 0
+
+    def finish(self, machine: dict) -> dict:
+        """Write the result."""
+        result = {
+            **self.about,
+            "steps": self.steps,
+            "train_seconds": round(self.seconds, 1),
             "evaluations": self.evaluations,
-            "seconds": self.seconds,
-            "scaler": training.scaler.state_dict(),
+            "result": self.evaluations[-1],
+            "recipe": asdict(self.recipe),
+            "bit_exact": not self.changes,
+            "changes": self.changes,
+            **machine,
         }
-        tensors = checkpoint.kept_state(model) | checkpoint.optimizer_tensors(model, training.optimizer)
-        checkpoint.write(self.run / LAST, tensors, state)
+        with replacing(self.run / RESULT) as unfinished:
+            unfinished.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        return result
 
     def close(self) -> None:
         for file in (self.log, self.board):
@@ -190,57 +311,17 @@ class _Keeper:
                 file.close()
 
 
-class Trained(NamedTuple):
-    """A trained model and what has to be known to use it."""
-
-    model: nn.Module
-    recipe: Recipe
-    classes: list[str]
-    category_ids: list[int] | None  # COCO's numbers of the classes
-    root: Path | None  # of the dataset, as it was given
-    step: int
-    weights: str  # fingerprint of the pretrained part
-
-
-def open_run(run: Path, best: bool = False, weights: str | None = None) -> Trained:
-    """The model of a run, finished or not, on the CPU.
-
-    Args:
-        run: A folder that ``e3va train`` wrote.
-        best: Take the best checkpoint, not the last one.
-        weights: File of the pretrained weights, where the recipe's is elsewhere now.
-
-    Raises:
-        InputError: For a folder that is no run, a model that does not fit its recipe, or other pretrained weights.
-    """
-    path = run / (BEST if best else LAST)
-    for file in (run / RECIPE, path):
-        if not file.is_file():
-            raise InputError(f"'{run}' is not a run with a checkpoint, it has no {file.name}: give the folder of one.")
-    recipe = load_recipe(str(run / RECIPE), {"weights": weights} if weights else None)
-    tensors, state = checkpoint.read(path)
-    about = state["about"]
-    model = build_model(recipe, len(about["classes"]))
-    if fingerprint(model.backbone.body.trunk) != about["weights"]:
-        raise InputError(
-            f"the pretrained weights of {recipe.backbone} are not those that '{run}' was trained with: give them with "
-            "--weights."
-        )
-    _restore(model, tensors, path)
-    return Trained(
-        model, recipe, about["classes"], about["category_ids"], Path(about["root"]), state["step"], about["weights"]
-    )
-
-
 def evaluate_run(
     run: Path, root: Path | None, split: str | None, device: torch.device, strict=False, best=False, weights=None
 ) -> dict | None:
-    """Evaluate the model of a run, on its own data or another folder of the same layout and classes.
+    """Evaluate a run or an exported file, on its own data or another folder of the same layout and classes.
 
     Raises:
-        InputError: See :func:`open_run`; for anything wrong with the data.
+        InputError: See :func:`e3va_lite.training.export.open_trained`; for anything wrong with the data.
     """
-    trained = open_run(run, best, weights)
+    trained = open_trained(run, best, weights)
+    if root is None and trained.root is None:
+        raise InputError(f"'{run}' is an exported file, which does not name its data: give the folder with --root.")
     recipe, split = trained.recipe, split or trained.recipe.eval_split
     data = task_module(recipe.task).dataset(
         recipe, root or trained.root, split, trained.classes, train=False, strict=strict
@@ -249,31 +330,3 @@ def evaluate_run(
     if metrics is None:
         return None
     return {"run": str(run), "result": {"step": trained.step, "split": split, **metrics}}
-
-
-def _restore(model: nn.Module, tensors: dict, path: Path) -> None:
-    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith("optimizer/")}
-    checkpoint.restore(model, kept, path)
-
-
-def _same_recipe(run: Path, recipe: Recipe) -> None:
-    if not (run / RECIPE).is_file():
-        raise InputError(f"'{run}' has no {RECIPE}: there is no run to resume; go without --resume.")
-    was = load_recipe(str(run / RECIPE))
-    _same(f"the recipe of '{run}' was another", asdict(was), asdict(recipe))
-
-
-def _same(what: str, was: dict, now: dict) -> None:
-    differ = [f"{key} {was.get(key)}, not {now.get(key)}" for key in now if was.get(key) != now[key]]
-    if differ:
-        raise InputError(f"{what} ({'; '.join(differ)}): resume with what it began with, or choose another --out.")
-
-
-def _free(folder: Path, overwrite: bool) -> None:
-    """Make sure that a run's folder can be written: it is new, or its replacement was asked for."""
-    if folder.exists():
-        if not overwrite:
-            raise InputError(f"'{folder}' exists: choose another --out, or pass --resume or --overwrite.")
-        if not folder.is_dir() or (any(folder.iterdir()) and not (folder / RECIPE).is_file()):
-            raise InputError(f"'{folder}' is not a run and will not be overwritten: choose another --out.")
-        shutil.rmtree(folder)

@@ -1,12 +1,13 @@
-"""Which images a training step sees, and which random numbers change them.
+"""Which images a training step sees, and with which random numbers they are augmented.
 
-Both follow from the seed and the number of the step alone, never from what ran before or on which process. That is why
-a run that was cut off goes on exactly as if it had not been, however many workers read its images.
+Both depend on the seed and the step alone, not on what ran before or on the process. That is why a run that was
+interrupted continues exactly as if it had not been, with any number of workers.
 """
 
 import itertools
 import random
-from collections.abc import Iterator
+import signal
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 
@@ -21,18 +22,18 @@ from .distributed import rank, world
 Batch = tuple[list[Tensor], list[dict]]
 
 
-class Stream(Sampler):
-    """An endless row of batches: pass after pass over the data, each in an order of its own.
+class StepSampler(Sampler):
+    """An endless sequence of batches: epoch after epoch, each in a new random order.
 
-    Step ``s`` takes the next ``batch * accumulate * world`` places of the row. The parts of one step lie side by side,
-    those of the processes too: two processes together see what one would see with twice the batch.
+    Step ``s`` takes the next ``batch * accumulate * world`` images of the sequence. The processes share them out, so
+    that two processes together see the images that one would see with twice the batch.
 
     Args:
         length: Images in the dataset.
         batch: Images per process and backward pass.
         accumulate: Backward passes per step.
-        seed: Of the orders.
-        first: Step to begin with.
+        seed: Of the random orders.
+        first: The step to begin with.
     """
 
     def __init__(self, length: int, batch: int, accumulate: int, seed: int, first: int = 0) -> None:
@@ -50,9 +51,9 @@ class Stream(Sampler):
 
 
 class _Items(Dataset):
-    """A dataset whose item is asked for by pass and index, and drawn with random numbers that follow from both.
+    """A dataset indexed by (epoch, index), whose random numbers are seeded by both.
 
-    An error of the data becomes an item, since a worker process would wrap it in a traceback.
+    An :class:`InputError` is returned as an item, since a worker process would wrap it in a traceback.
     """
 
     def __init__(self, dataset: Dataset, seed: int) -> None:
@@ -66,26 +67,51 @@ class _Items(Dataset):
             return error
 
 
-def loader(dataset: Dataset, batches: Sampler, seed: int, workers: int) -> Iterator[Batch]:
-    """Read and augment the images of ``batches``, lists of (pass, index).
+def loader(dataset: Dataset, batches: Iterable, seed: int, workers: int) -> Iterator[Batch]:
+    """Read and augment the images of ``batches``, lists of (epoch, index).
 
     Raises:
         InputError: For an image or annotation that cannot be used.
     """
     own = torch.Generator()  # what the loader draws for its workers is drawn from nobody else's numbers
     for items in DataLoader(
-        _Items(dataset, seed), batch_sampler=batches, num_workers=workers, collate_fn=list, generator=own
+        _Items(dataset, seed),
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=_without_tensors,
+        generator=own,
+        worker_init_fn=_start_worker,
     ):
         for item in items:
             if isinstance(item, InputError):
                 raise item
         images, targets = zip(*items, strict=True)
-        yield list(images), list(targets)
+        yield [torch.from_numpy(image) for image in images], [_with_tensors(target) for target in targets]
+
+
+def _without_tensors(items: list) -> list:
+    """The items with numpy arrays, which travel as bytes: a tensor out of a worker holds a file as long as it lives."""
+    return [
+        item
+        if isinstance(item, InputError)
+        else (item[0].numpy(), {k: v.numpy() if isinstance(v, Tensor) else v for k, v in item[1].items()})
+        for item in items
+    ]
+
+
+def _with_tensors(target: dict) -> dict:
+    return {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in target.items()}
+
+
+def _start_worker(_: int) -> None:
+    """Ctrl-C reaches every process of a terminal: the workers go on until the training has ended its step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @contextmanager
 def seeded(*key: int) -> Iterator[None]:
-    """Inside, the random numbers of Python, numpy and torch's CPU follow from the key; outside, nothing has changed."""
+    """Seed the random numbers of Python, NumPy and PyTorch (CPU) with the key, and restore their states afterwards."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     words = [int(word) for word in np.random.SeedSequence(key).generate_state(3)]
     random.seed(words[0])
@@ -100,11 +126,11 @@ def seeded(*key: int) -> Iterator[None]:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Images and targets on the device; what is no tensor stays as it is."""
+    """Move the tensors of images and targets to the device."""
     images, targets = batch
     return [image.to(device) for image in images], [on(target, device) for target in targets]
 
 
 def on(items: dict, device: torch.device | str) -> dict:
-    """A target or prediction with its tensors on the device."""
+    """Move the tensors of a target or prediction to the device."""
     return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in items.items()}

@@ -1,8 +1,10 @@
 """Two processes are one process with twice the batch, and only what is trained travels between them."""
 
+import csv
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -16,7 +18,9 @@ from e3va_lite.datasets.shapes import write_scenes
 from e3va_lite.recipes.schema import load_recipe
 from e3va_lite.tasks.registry import task_module
 from e3va_lite.training import distributed
-from e3va_lite.training.engine import Training, build_model
+from e3va_lite.training.engine import Training, build_model, evaluate
+from e3va_lite.training.runs import train
+from e3va_lite.training.trained import open_run
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -144,6 +148,101 @@ def differing(root):
 def test_frozen_parameters_and_buffers_are_never_sent(tmp_path):
     write_scenes(tmp_path / "scenes", "voc", train=4, val=1, seed=3, size=96)
     together(differing, tmp_path / "scenes")
+
+
+# Evaluation
+
+
+class Narrower(torch.utils.data.Dataset):
+    """Images of several widths: every second one loses a third of it, every third one half."""
+
+    def __init__(self, dataset):
+        self.dataset, self.classes = dataset, dataset.classes
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        image, target = self.dataset[index]
+        width = image.shape[-1] * (6, 4, 3)[index % 3] // 6
+        inside = target["boxes"][:, 2] <= width
+        return image[..., :width], target | {key: target[key][inside] for key in ("boxes", "labels", "difficult")}
+
+
+def evaluated(root, batch, file):
+    """The metric of a detector that knows a little, of images of several sizes."""
+    torch.manual_seed(0)
+    changes = {"min_size": 64, "max_size": 96, "fpn_channels": 16, "batch": batch, "workers": 0}
+    recipe = load_recipe("shapes", changes)
+    model = build_model(recipe, 6)
+    model.head.classification_head.cls_logits.bias.data += 4  # or nothing would be found at all
+    metric = evaluate(model, Narrower(task_module("voc").dataset(recipe, root, "val")), recipe, CPU)
+    if metric is not None:
+        file.write_text(json.dumps(metric))
+
+
+def test_the_metric_depends_neither_on_the_batch_nor_on_the_number_of_processes(tmp_path):
+    write_scenes(tmp_path / "scenes", "voc", train=1, val=9, seed=3, size=96)
+    for batch in (1, 2, 4):
+        evaluated(tmp_path / "scenes", batch, tmp_path / f"{batch}.json")
+    together(evaluated, tmp_path / "scenes", 3, tmp_path / "two.json")
+    one, *others = [json.loads((tmp_path / f"{name}.json").read_text()) for name in ("1", "2", "4", "two")]
+    assert 0 < one["ap50_all_point"] < 1 and all(other == one for other in others)
+
+
+# Runs
+
+
+def trained_by_both(root, folder):
+    recipe = load_recipe("shapes", RECIPES["voc"][1] | COMMON | {"steps": 2})
+    seen, backward = [], Training.backward
+
+    def noted(self, batches):
+        losses = backward(self, batches)
+        seen.append(sum(losses.values()))
+        return losses
+
+    Training.backward = noted
+    train(root, recipe, folder / "run", CPU)
+    (folder / f"{distributed.rank()}.json").write_text(json.dumps(seen))
+
+
+def test_the_losses_that_are_kept_are_the_mean_over_the_processes(tmp_path):
+    write_scenes(tmp_path / "scenes", "voc", train=4, val=1, seed=3, size=96)
+    together(trained_by_both, tmp_path / "scenes", tmp_path)
+    a, b = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    with (tmp_path / "run/losses.csv").open(encoding="utf-8") as file:
+        kept = [float(row["loss"]) for row in csv.DictReader(file)]
+    assert a != b and kept == pytest.approx([(x + y) / 2 for x, y in zip(a, b, strict=True)], rel=1e-12)
+
+
+def stopped_on_one(root, folder):
+    """Only the second process is asked to stop: both have to, after the same step."""
+    recipe = load_recipe("shapes", RECIPES["voc"][1] | COMMON | {"steps": 50})
+    backward = Training.backward
+
+    def asked(self, batches):
+        losses = backward(self, batches)
+        if distributed.rank() == 1 and self.step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return losses
+
+    Training.backward = asked
+    with pytest.raises(KeyboardInterrupt):
+        train(root, recipe, folder / "run", CPU)
+
+
+def test_processes_stop_together_and_keep_their_state(tmp_path):
+    write_scenes(tmp_path / "scenes", "voc", train=4, val=1, seed=3, size=96)
+    together(stopped_on_one, tmp_path / "scenes", tmp_path)
+    assert open_run(tmp_path / "run").step == 2
+
+
+def test_a_stray_variable_is_no_launch(monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert distributed.start(CPU) == CPU and distributed.world() == 1
 
 
 @pytest.mark.slow

@@ -1,18 +1,25 @@
 import csv
 import json
+import os
+import pickle
+import resource
 import shutil
+import subprocess
+import sys
+from dataclasses import FrozenInstanceError, replace
 
 import pytest
 import torch
 from click.testing import CliRunner
+from pydantic import ValidationError
 
 from e3va_lite import InputError
 from e3va_lite import cli as command
 from e3va_lite.datasets.shapes import write_scenes
-from e3va_lite.recipes.schema import load_recipe
+from e3va_lite.recipes.schema import load_recipe, save_recipe
 from e3va_lite.tasks import voc
 from e3va_lite.training.engine import Training, build_model, build_optimizer, evaluate, fit, rate, total_steps
-from e3va_lite.training.sampling import Stream, loader
+from e3va_lite.training.sampling import StepSampler, loader
 
 SMALL = {
     "pretrained": False,
@@ -66,7 +73,7 @@ def data(scenes, split="train", train=True):
 
 def test_a_run_keeps_what_is_needed_to_repeat_and_to_evaluate_it(run, scenes):
     folder, result = run
-    names = ["best.safetensors", "last.safetensors", "losses.csv", "recipe.yaml", "run.json", "tensorboard"]
+    names = [".lock", "best.safetensors", "last.safetensors", "losses.csv", "recipe.yaml", "run.json", "tensorboard"]
     assert sorted(p.name for p in folder.iterdir()) == names
     assert json.loads((folder / "run.json").read_text()) == result
     assert load_recipe(str(folder / "recipe.yaml")) == small()
@@ -95,11 +102,11 @@ def test_tensorboard_gets_every_step_and_evaluation(run):
 def test_evaluation_comes_as_often_as_asked_and_the_best_is_kept(scenes, tmp_path, monkeypatch):
     metrics = iter([0.3, 0.5, 0.4, 0.2])
     monkeypatch.setattr("e3va_lite.training.runs.evaluate", lambda *_: {"ap50_11_point": next(metrics)})
-    from e3va_lite.training import runs
+    from e3va_lite.training import runs, trained
 
     result = runs.train(scenes, small(epochs=4, eval_every=1), tmp_path / "run", CPU)
     assert [e["step"] for e in result["evaluations"]] == [2, 4, 6, 8]
-    assert runs.open_run(tmp_path / "run", best=True).step == 4 and runs.open_run(tmp_path / "run").step == 8
+    assert trained.open_run(tmp_path / "run", best=True).step == 4 and trained.open_run(tmp_path / "run").step == 8
     result = json.loads((tmp_path / "run/run.json").read_text())
     assert result["result"]["ap50_11_point"] == 0.2  # the last one; the best one is named, not passed off as it
 
@@ -207,24 +214,24 @@ def first(stream, count):
 
 
 def test_every_pass_shows_every_image_once_in_an_order_of_its_own():
-    keys = [key for batch in first(Stream(10, 4, 1, seed=3), 5) for key in batch]
+    keys = [key for batch in first(StepSampler(10, 4, 1, seed=3), 5) for key in batch]
     assert [epoch for epoch, _ in keys] == [0] * 10 + [1] * 10
     orders = [[index for _, index in keys[k : k + 10]] for k in (0, 10)]
     assert sorted(orders[0]) == sorted(orders[1]) == list(range(10)) and orders[0] != orders[1]
-    assert orders[0] != [index for batch in first(Stream(10, 5, 1, seed=4), 2) for _, index in batch]
+    assert orders[0] != [index for batch in first(StepSampler(10, 5, 1, seed=4), 2) for _, index in batch]
 
 
 def test_a_stream_goes_on_where_another_stopped():
-    assert first(Stream(10, 4, 2, 0, first=3), 4) == first(Stream(10, 4, 2, 0), 10)[6:]
+    assert first(StepSampler(10, 4, 2, 0, first=3), 4) == first(StepSampler(10, 4, 2, 0), 10)[6:]
 
 
 def test_processes_and_accumulation_share_out_the_batch_of_one(monkeypatch):
-    whole = [set(batch) for batch in first(Stream(50, 12, 1, 0), 3)]
+    whole = [set(batch) for batch in first(StepSampler(50, 12, 1, 0), 3)]
     parts = []
     for number in range(2):
         monkeypatch.setattr("e3va_lite.training.sampling.rank", lambda number=number: number)
         monkeypatch.setattr("e3va_lite.training.sampling.world", lambda: 2)
-        parts.append(first(Stream(50, 3, 2, 0), 6))
+        parts.append(first(StepSampler(50, 3, 2, 0), 6))
     for step in range(3):
         seen = [key for part in parts for batch in part[2 * step : 2 * step + 2] for key in batch]
         assert len(seen) == 12 and set(seen) == whole[step]
@@ -243,6 +250,47 @@ def test_random_numbers_of_an_item_follow_from_pass_and_index_alone():
     assert not torch.equal(a, b) and not torch.equal(a, c)
     assert torch.equal(draw((0, 5))[0], a)
     assert torch.equal(torch.get_rng_state(), before)  # nobody else's numbers are disturbed
+
+
+@pytest.fixture
+def few_files():
+    """So few files may be open that hardly a dozen more fit."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 40, limit[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="this system does not list open files")
+def test_images_that_workers_read_hold_no_files(few_files):
+    class Images(torch.utils.data.Dataset):
+        def __getitem__(self, index):
+            boxes = torch.full((2, 4), float(index))
+            return torch.full((3, 8, 8), index / 200), {"boxes": boxes, "labels": torch.tensor(index), "file": "a"}
+
+    kept = list(loader(Images(), [[(0, i), (0, i + 1)] for i in range(0, 200, 2)], seed=0, workers=2))
+    assert len(kept) == 100
+    for step, (images, targets) in enumerate(kept):
+        for k, (image, target) in enumerate(zip(images, targets, strict=True)):
+            index = 2 * step + k
+            assert image.dtype == torch.float32 and (image == index / 200).all()
+            assert target["labels"] == index and (target["boxes"] == index).all() and target["file"] == "a"
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="this system does not list open files")
+def test_an_evaluation_of_many_images_needs_few_files(scenes, few_files):
+    class Often(torch.utils.data.Dataset):
+        def __init__(self, dataset):
+            self.dataset, self.classes = dataset, dataset.classes
+
+        def __len__(self):
+            return 60
+
+        def __getitem__(self, index):
+            return self.dataset[index % len(self.dataset)]
+
+    recipe = small(min_size=32, max_size=32, workers=2)
+    assert evaluate(build_model(recipe, 6), Often(data(scenes, "val", False)), recipe, CPU) is not None
 
 
 # Precision and accumulation
@@ -297,6 +345,73 @@ def test_clipping_and_rate_act_on_the_update(scenes):
     )  # half the rate: warm-up; cosine starts at 1
 
 
+# Commands
+
+
+def test_eval_takes_an_exported_file(run, scenes, tmp_path):
+    folder, result = run
+    file = tmp_path / "model.safetensors"
+    assert e3va("export", folder, "--out", file).exit_code == 0
+    again = e3va("eval", file, "--root", scenes, "--json")
+    assert json.loads(again.stdout)["result"] == result["result"]
+    assert "give the folder with --root" in str(e3va("eval", file).exception)
+    assert "exists: choose another place." in str(e3va("export", folder, "--out", file).exception)
+
+
+def test_the_default_folder_has_a_number_where_the_name_is_taken(scenes, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ("train", "voc", "--recipe", "shapes", "--root", scenes, *settings(epochs=None, steps=1))
+    for name in ("shapes-e3va", "shapes-e3va-2", "shapes-e3va-3"):
+        assert e3va(*arguments).stdout.endswith(f"run: runs/{name}\n")
+    (tmp_path / "runs/shapes-e3va-3/run.json").unlink()  # cut off
+    assert e3va(*arguments, "--resume").stdout.endswith("run: runs/shapes-e3va-3\n")
+    assert e3va(*arguments, "--overwrite").stdout.endswith("run: runs/shapes-e3va-3\n")
+    assert len(list((tmp_path / "runs").iterdir())) == 3
+
+
+def test_a_change_named_on_the_command_line_is_made(scenes, tmp_path):
+    arguments = ("train", "voc", "--recipe", "shapes", "--root", scenes, "--out", tmp_path / "run", "--json")
+    assert e3va(*arguments, *settings(epochs=None, steps=2)).exit_code == 0
+    (tmp_path / "run/run.json").unlink()
+    again = e3va(*arguments, *settings(epochs=None, steps=3, lr=1e-5), "--resume")
+    result = json.loads(again.stdout)
+    assert not result["bit_exact"] and result["changes"] == [{"after_step": 2, "steps": [2, 3], "lr": [0.002, 1e-5]}]
+
+
+@pytest.mark.parametrize("device", ["mps", "xpu", "meta", "cuda:99", "gpu9"])
+def test_a_device_that_is_not_there_is_one_sentence(device, run):
+    error = str(e3va("eval", run[0], "--device", device).exception)
+    assert f"--device {device}" in error and error.count("\n") == 0
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "memory --recipe shapes --methods fixed --dry-run --size 64x64 --figure {}.png",
+        "memory --recipe shapes --methods fixed --dry-run --size 64x64 --figure {}.what",
+        "gradpath --figures {}",
+        "tables --table 4 --figures {}",
+        "compare --out {} --data {}",
+        "reproduce --out {} --data {}",
+        "data shapes {}",
+        "pretrain --out {} --generated",
+    ],
+)
+def test_places_that_cannot_be_written_are_one_sentence_before_anything_is_computed(command, tmp_path):
+    (tmp_path / "file").touch()
+    words = command.format(tmp_path / "file/place", tmp_path / "file/place").split()
+    result = e3va(*words)
+    assert isinstance(result.exception, InputError) or result.exit_code == 2
+    assert str(tmp_path / "file") in str(result.exception) + result.stderr
+
+
+def test_names_that_the_terminal_cannot_show_do_not_stop_a_command(tmp_path):
+    code = "import sys, e3va_lite.cli as c; sys.argv = ['e3va', 'eval', '星']; c.main()"
+    environment = os.environ | {"PYTHONIOENCODING": "cp1252"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 2 and "'?' is not a run" in done.stderr
+
+
 # Bad input
 
 
@@ -308,7 +423,7 @@ def test_clipping_and_rate_act_on_the_update(scenes):
         ("shapes", {"epoch": 3}, "unknown field of a recipe for voc 'epoch': did you mean epochs"),
         ("shapes", {"epochs": "many"}, "epochs='many' must be of type int"),
         ("shapes", {"epochs": 0}, "epochs=0 cannot work"),
-        ("shapes", {"lr": "-1e-3"}, "lr=-0.001 cannot work"),
+        ("shapes", {"lr": "-1e-3"}, "lr=-1e-3 cannot work"),
         ("shapes", {"schedule": "cosin"}, "unknown schedule 'cosin': did you mean cosine"),
         ("shapes", {"precision": "float8"}, "unknown precision 'float8': did you mean"),
         ("shapes", {"steps": 3, "epochs": 3}, "epochs=3 and steps=3: give exactly one"),
@@ -316,7 +431,12 @@ def test_clipping_and_rate_act_on_the_update(scenes):
         ("shapes", {"crop": 512}, "unknown field of a recipe for voc 'crop'"),
         ("shapes", {"task": "vok"}, "unknown task of a recipe 'vok': did you mean voc"),
         ("shapes", {"betas": "[0.9]"}, "betas=.* two numbers"),
+        ("shapes", {"betas": "[0.9, 1.5]"}, "betas=.* two numbers"),
         ("shapes", {"stages": "2"}, "stages=2 must be of type list"),
+        ("shapes", {"lr": "nan"}, "lr=nan cannot work"),
+        ("shapes", {"batch": True}, "batch=True must be of type int"),
+        ("shapes", {"workers": -1}, "workers=-1 cannot work: choose 0 or more"),
+        ("shapes", {"classes": "[no, yes]"}, "classes=False must be of type str; put quotes around it"),
     ],
 )
 def test_recipes_are_checked(name, overrides, message):
@@ -326,6 +446,30 @@ def test_recipes_are_checked(name, overrides, message):
 
 def test_numbers_may_look_as_yaml_reads_them():
     assert load_recipe("shapes", {"lr": "1e-3", "clip": "null", "epochs": "7"}).lr == 1e-3
+
+
+@pytest.mark.parametrize("text", ["{split}annot", "{split}", "2012", "yes", "a #b", "a: b", "[x"])
+def test_a_field_of_text_takes_the_text_as_it_stands(text):
+    recipe = load_recipe("ade20k-nano", {"masks": text, "listing": text, "images": f"'{text}'"})
+    assert (recipe.masks, recipe.listing, recipe.images) == (text, text, text)
+    assert load_recipe("ade20k-nano", {"listing": "null"}).listing is None
+
+
+def test_a_recipe_is_validated_however_it_is_made_and_cannot_be_changed():
+    recipe = small()
+    assert replace(recipe, batch=7).batch == 7 and pickle.loads(pickle.dumps(recipe)) == recipe
+    for wrong in ({"batch": 0}, {"bach": 2}, {"lr": "high"}):
+        with pytest.raises((ValidationError, TypeError)):
+            replace(recipe, **wrong)
+    with pytest.raises(FrozenInstanceError):
+        recipe.batch = 7
+
+
+def test_recipes_are_read_and_written_as_utf8_and_whole(tmp_path):
+    recipe = small(classes=["Hütte", "星"])
+    save_recipe(recipe, tmp_path / "recipe.yaml")
+    assert "星" in (tmp_path / "recipe.yaml").read_text(encoding="utf-8")
+    assert load_recipe(str(tmp_path / "recipe.yaml")) == recipe
 
 
 @pytest.mark.parametrize(
