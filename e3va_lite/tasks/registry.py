@@ -17,14 +17,37 @@ sizes into a list of predictions, dicts in the pixels of the images as given.
 
 from importlib import import_module
 from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
 
 from ..errors import unknown
 
-NAMES = ("voc", "coco", "ade20k")
+NAMES = ("voc", "coco", "coco-boxes", "ade20k")
+
+
+class Known(NamedTuple):
+    """What a dataset says of an image: the number that its tools call it by, and its size."""
+
+    id: int
+    size: tuple[int, int]  # width, height
 
 
 def task_module(name: str) -> ModuleType:
     """The module of a task; imported when it is wanted, since not everybody has mmsegmentation."""
     if name not in NAMES:
         raise unknown("task", name, NAMES)
-    return import_module(f"{__package__}.{name}")
+    return import_module(f"{__package__}.{name.replace('-', '_')}")
+
+
+@torch.inference_mode()
+def predict_image(model: nn.Module, image: Tensor, device: torch.device, precision: str = "float32") -> dict:
+    """The prediction for one image (3, H, W), on the CPU.
+
+    Evaluation and ``e3va predict`` both call this. Images are never put into a batch: a detector pads the images of a
+    batch to the largest one, and so what it finds in one would depend on the others.
+    """
+    with torch.autocast(device.type, getattr(torch, precision), enabled=precision != "float32"):
+        prediction = model([image.to(device)])[0]
+    return {key: value.cpu() if isinstance(value, Tensor) else value for key, value in prediction.items()}

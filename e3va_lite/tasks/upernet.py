@@ -122,14 +122,18 @@ class _UPerNet(mmseg.models.segmentors.EncoderDecoder):
     def forward(self, images: list[Tensor], targets: list[dict] | None = None) -> dict[str, Tensor] | list[dict]:
         if not self.training:
             return [{"mask": self._labels(image)} for image in images]
-        # The map that is pooled to a single place has one value per channel and image. A single image's have no
-        # variance: its norm takes the running statistics then.
-        if len(images) == 1:
-            self.decode_head.psp_modules[0].eval()
         height, width = (max(sides) for sides in zip(*(image.shape[-2:] for image in images), strict=True))
         batch = torch.stack([_padded(_normalised(image), height, width) for image in images])
         labels = torch.stack([_padded(target["mask"], height, width, VOID) for target in targets])
-        losses = self.loss(batch, labels)
+        # The map that is pooled to a single place has one value per channel and image. A single image's have no
+        # variance: for this batch its norm takes the running statistics.
+        pool = self.decode_head.psp_modules[0]
+        was_training = pool.training
+        pool.train(was_training and len(images) > 1)
+        try:
+            losses = self.loss(batch, labels)
+        finally:
+            pool.train(was_training)
         return {"decode": losses["decode.loss_ce"], "auxiliary": losses["aux.loss_ce"]}
 
     def _labels(self, image: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -73,9 +74,13 @@ def model(recipe: VOCRecipe, backbone: nn.Module, num_classes: int) -> nn.Module
 
 
 def record(prediction: dict, target: dict) -> tuple[dict, dict]:
-    """One image's detections and truth, as :func:`e3va_lite.tasks.voc_metric.average_precision` wants them."""
-    detections = {key: prediction[key].cpu() for key in ("boxes", "scores", "labels")}
-    return detections, {key: target[key] for key in ("boxes", "labels", "difficult")}
+    """One image's detections and ground truth, as :func:`e3va_lite.tasks.voc_metric.average_precision` takes them.
+
+    They are copied into arrays: a tensor that a worker process of a loader sent holds a file descriptor as long as it
+    lives, and a process may have only so many.
+    """
+    detections = {key: np.array(prediction[key].cpu()) for key in ("boxes", "scores", "labels")}
+    return detections, {key: np.array(target[key]) for key in ("boxes", "labels", "difficult")}
 
 
 def summary(records: list[tuple[dict, dict]], dataset: VOCDetection) -> dict:

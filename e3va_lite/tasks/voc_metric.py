@@ -4,6 +4,12 @@ Read from the bottom up: match the detections of one class in one image, pool al
 pooled verdicts into a precision-recall curve, and take the area under it: at eleven recalls (VOC2007, the paper's
 metric) or at all of them (VOC2010 and later).
 
+The eleven recalls are compared with the floating-point numbers 0.1 * k, k = 0..10, as Detectron, Detectron2 and mmdet
+do. Three of these are a last bit above the tenth that they stand for: a recall of exactly 3/10, 6/10 or 7/10 does not
+reach its own point, which costs such a class up to 1/11 of the difference between two precisions. A count in whole
+numbers would be right by the letter of the definition, and was used here at first; but the metric's purpose is
+comparison, and published numbers come from the former. (The devkit itself, in MATLAB, misses 3/10 only.)
+
 Boxes are continuous ``x1, y1, x2, y2`` in pixels, half-open: a VOC file's ``xmin, ymin, xmax, ymax`` (whole pixels,
 counted from 1, the last one included) becomes ``xmin - 1, ymin - 1, xmax, ymax``. The ordinary area of such a box,
 ``(x2 - x1) * (y2 - y1)``, is exactly the devkit's ``(xmax - xmin + 1) * (ymax - ymin + 1)``; so are intersections.
@@ -79,10 +85,8 @@ def _eleven_point(found: np.ndarray, positives: int) -> float:
     """The mean of the best precision at recall 0, 0.1, ... 1 or beyond; 0 where that recall is never reached."""
     if not positives:
         return np.nan
-    hits = np.cumsum(found)
-    _, precision = _curve(found, positives)
-    # In whole numbers, because 3/10 < 0.1 * 3 in floating point and a recall of exactly 0.3 would be missed.
-    return float(np.mean([precision[10 * hits >= tenth * positives].max(initial=0.0) for tenth in range(11)]))
+    recall, precision = _curve(found, positives)
+    return float(np.mean([precision[recall >= 0.1 * k].max(initial=0.0) for k in range(11)]))
 
 
 def _all_point(found: np.ndarray, positives: int) -> float:

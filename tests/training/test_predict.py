@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import nn
 
 from e3va_lite.datasets.shapes import CLASSES, COCO_IDS, scene, write_scenes
 from e3va_lite.errors import InputError
-from e3va_lite.training.predict import load_image, palette, picture, predict, read_images
+from e3va_lite.training.predict import file_names, load_image, palette, picture, predict, read_images
 
 WIDTH, HEIGHT = 640, 400  # large enough for a picture to have the pixels of its image
 
@@ -175,10 +176,9 @@ def test_a_box_changes_its_edge_and_its_name_and_nothing_else():
     changed = drawn(objects([(100, 80, 300, 240)], (1,), (0.5,)))
     assert changed[80:240, 100].all() and changed[80:240, 299].all()  # half-open: 299 is the last column
     assert changed[80, 100:300].all() and changed[239, 100:300].all()
-    assert not changed[90:230, 110:290].any()
-    changed[80:240, 100:300] = False
-    rows, columns = np.nonzero(changed)  # the name stands on the box
-    assert rows.min() > 50 and rows.max() == 79 and columns.min() == 100 and columns.max() < 200
+    assert not changed[120:230, 110:290].any()
+    changed[80:240, 100:300] = False  # the name lies inside, at the top left
+    assert not changed.any()
 
 
 def test_threshold():
@@ -188,34 +188,32 @@ def test_threshold():
     assert drawn(found, 0.3)[240 - 1, 400:500].all()
 
 
-def test_a_mask_changes_its_pixels_and_its_outline():
+def test_a_mask_changes_its_pixels_and_no_others():
     mask = torch.zeros(1, HEIGHT, WIDTH, dtype=torch.bool)
     mask[0, 150:250, 200:400] = True
     mask[0, 180:220, 250:350] = False  # a hole
-    changed = drawn(objects([(200, 150, 400, 250)], (1,), (0.9,), mask))
+    found = objects([(200, 150, 400, 250)], (1,), (0.9,), mask)
+    changed = drawn(found)
     assert changed[mask[0].numpy()].mean() > 0.99  # what had the colour before still has it
-    near = torch.nn.functional.max_pool2d(mask.float(), 5, 1, 2)[0].bool().numpy()
-    near[130:150, 200:300] = True  # the name
-    assert not changed[~near].any()
-    black = picture(torch.zeros(3, HEIGHT, WIDTH), objects([(200, 150, 400, 250)], (1,), (0.9,), mask), ("cat", "dog"))
-    outline = (np.asarray(black) == palette(1)[0]).all(axis=-1)
-    for column in (200, 250, 350, 400):
-        assert outline[190:210, column - 2 : column + 2].sum(axis=1).min() >= 2
+    assert not changed[180:220, 255:345].any()
+    black = np.asarray(picture(torch.zeros(3, HEIGHT, WIDTH), found, ("cat", "dog")))
+    np.testing.assert_allclose(black[230, 250], 0.45 * palette(1)[0], atol=1)
     nothing = drawn(objects([(200, 150, 400, 250)], (1,), (0.9,), torch.zeros_like(mask)))
-    assert not nothing[155:245, 210:390].any()
+    assert not nothing[190:245, 210:390].any()
 
 
-def test_names_stay_inside_the_picture_and_off_each_other():
-    def coloured(*boxes):
-        found = objects(boxes, [1] * len(boxes), [0.9] * len(boxes))
-        whole = np.asarray(picture(torch.zeros(3, HEIGHT, WIDTH), found, ("elephant",)))
-        return (whole == palette(1)[0]).all(axis=-1).sum()
+def test_where_masks_overlap_the_better_one_is_seen():
+    masks = torch.ones(2, HEIGHT, WIDTH, dtype=torch.bool)
+    found = objects([(0, 0, 640, 400)] * 2, (1, 2), (0.9, 0.6), masks)
+    below = 0.45 * palette(2)[1].astype(float)
+    shown = np.asarray(picture(torch.zeros(3, HEIGHT, WIDTH), found, ("cat", "dog")))[300, 300]
+    np.testing.assert_allclose(shown, 0.55 * below + 0.45 * palette(2)[0], atol=2)
 
-    alone = coloured((300, 200, 310, 210))
-    for corner in ((0, 0, 10, 10), (630, 0, 640, 10), (0, 390, 10, 400), (630, 390, 640, 400)):
-        assert coloured(corner) > 0.9 * alone
-    assert coloured(*[(300, 200, 310, 210)] * 3) > 2.7 * alone
-    assert coloured((-50, -50, 900, 900)) > alone  # the whole edge
+
+def test_boxes_outside_the_picture_are_cut():
+    whole = np.asarray(picture(torch.zeros(3, HEIGHT, WIDTH), objects([(-50, -50, 900, 900)], (1,), (0.9,)), ("cat",)))
+    for edge in (whole[-1], whole[:, -1]):
+        assert (edge == palette(1)[0]).all()
 
 
 def test_every_object_has_its_own_name():
@@ -411,3 +409,126 @@ def test_tasks_and_classes_that_cannot_be(tmp_path):
         with pytest.raises(InputError, match="8 bits"):
             predict(Fake(objects()), [image], tmp_path / "out", "ade20k", ["cat"] * count, ignore=ignore)
     assert not (tmp_path / "out").exists()
+
+
+# What was computed is kept -------------------------------------------------------------------------------------------
+
+
+def cut_short(path):
+    """An image whose header is whole and whose pixels are not."""
+    put(path)
+    path.write_bytes(path.read_bytes()[:-200])
+    return path
+
+
+FOUND = objects([(100, 80, 300, 240)], (1,), (0.9,))
+
+
+def test_an_image_cut_short_is_found_before_the_first_prediction(tmp_path):
+    put(tmp_path / "in/a.jpg"), cut_short(tmp_path / "in/b.jpg"), put(tmp_path / "in/c.jpg")
+    model = Fake(FOUND, FOUND)
+    with pytest.raises(InputError, match=r"b.jpg' cannot be read .* 1 of 3 images .* --skip-bad"):
+        predict(model, [tmp_path / "in"], tmp_path / "out", "voc", ("cat",))
+    assert not model.seen and not (tmp_path / "out").exists()
+
+
+def test_bad_images_are_left_out_and_listed(tmp_path):
+    put(tmp_path / "in/a.jpg"), cut_short(tmp_path / "in/b.jpg"), put(tmp_path / "in/c.jpg", 31, 31)
+    put(tmp_path / "in/d.jpg")
+    out = tmp_path / "out"
+    with pytest.warns(UserWarning, match="2 images were left out") as warned:
+        assert predict(Fake(FOUND, FOUND), [tmp_path / "in"], out, "voc", ("cat",), skip_bad=True) == 2
+    assert len(warned) == 1
+    assert [r["image_id"] for r in json.loads((out / "results.json").read_text())] == ["a", "d"]
+    assert (out / "comp4_det_test_cat.txt").read_text().count("\n") == 2
+    assert re.findall(r"/(\w+).jpg", (out / "left_out.txt").read_text(encoding="utf-8")) == ["b", "c"]
+    (tmp_path / "in/a.jpg").unlink(), (tmp_path / "in/d.jpg").unlink()
+    with pytest.raises(InputError, match="2 of 2 images cannot be used"):
+        predict(Fake(), [tmp_path / "in"], tmp_path / "none", "voc", ("cat",), skip_bad=True)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, InputError, SystemExit])
+@pytest.mark.parametrize("task", ["voc", "coco", "ade20k"])
+def test_what_was_predicted_before_an_error_is_written(tmp_path, error, task):
+    class Failing(Fake):
+        def forward(self, images):
+            if len(self.seen) == 2:
+                raise error("out of memory")
+            return super().forward(images)
+
+    for name in "abc":
+        put(tmp_path / f"in/{name}.png", 64, 64)
+    found = objects([(1, 2, 30, 40)], (1,), (0.9,), torch.ones(1, 64, 64) > 0)
+    if task == "ade20k":
+        found = {"mask": torch.zeros(64, 64, dtype=torch.int64)}
+    model, out = Failing(found, found).train(), tmp_path / "out"
+    with pytest.raises(error), pytest.warns(UserWarning, match="first 2 of 3 images"):
+        predict(model, [tmp_path / "in"], out, task, ("cat",))
+    assert model.training and json.loads((out / "classes.json").read_text())
+    if task == "ade20k":
+        assert names(out / "masks") == ["a.png", "b.png"]
+    else:
+        assert [r["image_id"] for r in json.loads((out / "results.json").read_text())] == ["a", "b"]
+
+
+# Names and places ----------------------------------------------------------------------------------------------------
+
+
+def test_every_name_gets_a_file_of_its_own_that_any_system_allows():
+    given = ["a/b", "a_b", "Cat", "cat", "cat ", "x:y?", "CON", "com1.old", "..", "", "\u732b", "a\\b", "e" * 300]
+    safe = file_names(given)
+    assert list(map(safe.get, given[:8])) == ["a_b_2", "a_b", "Cat", "cat_2", "cat ", "x_y_", "_CON", "_com1.old"]
+    assert safe["\u732b"] == "\u732b" and safe["a\\b"] == "a_b_3"
+    assert len({name.casefold() for name in safe.values()}) == len(given)
+    assert not any(set(name) & set('<>:"/\\|?*') for name in safe.values())
+    assert all(0 < len(name.encode()) <= 200 for name in safe.values())
+
+
+def test_two_classes_of_one_file_name_have_a_file_each(tmp_path):
+    found = objects([(1, 2, 30, 40), (5, 6, 20, 20), (7, 8, 20, 20)], (1, 2, 3), (0.9, 0.8, 0.7))
+    predict(Fake(found), [put(tmp_path / "in/a.png")], tmp_path / "out", "voc", ("a/b", "a_b", "A_b"))
+    texts = {path.name: path.read_text() for path in (tmp_path / "out").glob("*.txt")}
+    assert {name[15:-4]: float(text.split()[1]) for name, text in texts.items()} == pytest.approx(
+        {"a_b_3": 0.9, "a_b": 0.8, "A_b_2": 0.7}
+    )
+
+
+def test_an_image_whose_name_windows_forbids(tmp_path):
+    predict(Fake(FOUND), [put(tmp_path / "in/12:30?.png")], tmp_path / "out", "voc", ("cat",))
+    assert "12_30_.png" in names(tmp_path / "out")
+    assert (tmp_path / "out/comp4_det_test_cat.txt").read_text().startswith("12:30? 0.8999")
+
+
+def test_files_are_utf_8_whatever_the_locale(tmp_path, monkeypatch):
+    monkeypatch.setattr("locale.getpreferredencoding", lambda *_: "cp1252")
+    out, name = tmp_path / "out", "\u732b"
+    with pytest.warns(UserWarning, match="left out"):
+        cut_short(tmp_path / f"in/{name}.jpg")
+        predict(Fake(FOUND), [tmp_path / "in", put(tmp_path / "b.png")], out, "voc", (name,), skip_bad=True)
+    assert json.loads((out / "classes.json").read_bytes().decode("utf-8")) == {"1": name}
+    assert (out / f"comp4_det_test_{name}.txt").is_file() and name in (out / "left_out.txt").read_bytes().decode()
+
+
+@pytest.mark.parametrize("kind", ["below a file", "dangling link", "masks is a file", "a folder of that name"])
+def test_places_that_cannot_be_written_are_found_first(tmp_path, kind):
+    image, out = put(tmp_path / "in/a.png"), tmp_path / "out"
+    if kind == "below a file":
+        out = image / "out/deep"
+    elif kind == "dangling link":
+        out.symlink_to(tmp_path / "nowhere")
+    elif kind == "masks is a file":
+        out.mkdir()
+        (out / "masks").write_text("mine")
+    else:
+        (out / "a.png").mkdir(parents=True)
+    model = Fake(FOUND)
+    with pytest.raises(InputError, match="(cannot be a folder|is a folder).* choose another --out"):
+        predict(model, [image], out, "voc", ("cat",), overwrite=True)
+    assert not model.seen
+
+
+def test_missing_folders_are_made_and_links_followed(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    predict(Fake(FOUND), [put(tmp_path / "in/a.png")], tmp_path / "link/x/y", "voc", ("cat",))
+    assert (tmp_path / "real/x/y/results.json").is_file()
