@@ -1,7 +1,7 @@
 """Recipes: all settings of a training run in one flat YAML file.
 
 Every recipe names its task; the task decides which fields there are: those of :class:`Recipe`, which all tasks share,
-and those of one of its three children.
+and those of one of its children.
 """
 
 import dataclasses
@@ -68,6 +68,18 @@ class VOCRecipe(Recipe):
     anchor_base: float = 4.0  # side of a level's smallest anchor, in strides
     min_size: int = 600
     max_size: int = 1000
+    detections: int = 100  # objects per image that the detector returns, at most
+
+
+@dataclass(frozen=True, kw_only=True)
+class COCOBoxesRecipe(VOCRecipe):
+    """RetinaNet on the boxes of a COCO-shaped folder."""
+
+    images: str = "{split}"  # folder below the root
+    annotations: str = "annotations/instances_{split}.json"
+    min_size: int = 800
+    max_size: int = 1333
+    crop: bool = False  # half of the training images are cropped before they are resized
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +97,7 @@ class COCORecipe(Recipe):
     min_size: int = 800  # short side when evaluating
     max_size: int = 1333
     crop: bool = True  # half of the training images are cropped before they are resized
+    detections: int = 100  # objects per image that the detector returns, at most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +117,12 @@ class ADE20KRecipe(Recipe):
     class_weights: list[float] | None = None  # in the loss; where one class has most of the pixels
 
 
-TASKS: dict[str, type[Recipe]] = {"voc": VOCRecipe, "coco": COCORecipe, "ade20k": ADE20KRecipe}
+TASKS: dict[str, type[Recipe]] = {
+    "voc": VOCRecipe,
+    "coco": COCORecipe,
+    "coco-boxes": COCOBoxesRecipe,
+    "ade20k": ADE20KRecipe,
+}
 
 
 def load_recipe(name: str, overrides: dict[str, object] | None = None, task: str | None = None) -> Recipe:

@@ -29,7 +29,17 @@ from torchvision.ops.boxes import remove_small_boxes
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from ..errors import InputError
-from .retinanet import IMAGE_MEAN, IMAGE_STD, PAPER_CHANNELS, _Anchors, _check, _Pyramid, divisor, mean_count
+from .detection import (
+    IMAGE_MEAN,
+    IMAGE_STD,
+    PAPER_CHANNELS,
+    Anchors,
+    Pyramid,
+    at_least_float32,
+    check_arguments,
+    divisor,
+    mean_count,
+)
 
 STAGES = (  # least overlap of a positive box, weight of the losses, weights of the box coder
     (0.5, 1.0, (10.0, 10.0, 5.0, 5.0)),
@@ -39,7 +49,7 @@ STAGES = (  # least overlap of a positive box, weight of the losses, weights of 
 BOX_WEIGHT = 10.0  # of GIoU beside cross-entropy
 POSITIVE = 0.25  # share of the sampled boxes that may have an object
 BOX_CELLS, MASK_CELLS, MASK_SIDE = 7, 14, 28  # side of what the heads see of the maps, and of a mask
-LEAST_SCORE, OVERLAP, MOST = 0.05, 0.5, 100  # of detections
+LEAST_SCORE, OVERLAP = 0.05, 0.5  # of detections
 
 
 def build_cascade_mask_rcnn(
@@ -54,6 +64,7 @@ def build_cascade_mask_rcnn(
     head_channels: int = 1024,
     samples: int = 512,
     proposals: int = 1000,
+    detections: int = 100,
 ) -> nn.Module:
     """A Cascade Mask R-CNN that uses every map of the backbone, and for proposals one more of twice the last stride.
 
@@ -68,7 +79,7 @@ def build_cascade_mask_rcnn(
     - In train mode ``model(images, targets)`` returns a dict of eleven losses, weighted: ``rpn_objectness``,
       ``rpn_box``, and for the stages 1 to 3 ``stage1_class``, ``stage1_box``, ``stage1_mask``.
     - In eval mode ``model(images)`` returns per image a dict of ``boxes`` (N, 4) in pixels of the image as given,
-      ``scores`` (N,), ``labels`` (N,) in 1..K and ``masks`` (N, H, W), bool; best score first, at most 100.
+      ``scores`` (N,), ``labels`` (N,) in 1..K and ``masks`` (N, H, W), bool; best score first, at most ``detections``.
 
     ``model.backbone.body`` is the backbone, ``model.backbone.fpn`` the neck, ``model.rpn`` makes the proposals and
     ``model.roi_heads.stages`` are the three stages.
@@ -88,6 +99,7 @@ def build_cascade_mask_rcnn(
             small images is all but proportional to it.
         proposals: Boxes per image that the cascade looks at in evaluation, at most; training draws its samples from
             twice as many. 1000 in the paper's setting.
+        detections: Objects per image that are returned, at most.
 
     Raises:
         InputError: For a number of classes, size, width or base that cannot work, or a backbone without the two lists;
@@ -95,7 +107,7 @@ def build_cascade_mask_rcnn(
     """
     if not min_sizes:
         raise InputError("min_sizes is empty; training needs at least one length of the short side.")
-    _check(backbone, num_classes, [*min_sizes, min_size], max_size, fpn_channels)
+    check_arguments(backbone, num_classes, [*min_sizes, min_size], max_size, fpn_channels, detections)
     strides = list(backbone.strides)
     if strides != [strides[0] * 2**k for k in range(len(strides))]:
         raise InputError(f"the backbone's strides are {strides}; a feature pyramid needs each twice the one before.")
@@ -108,9 +120,9 @@ def build_cascade_mask_rcnn(
     if proposals < 1:
         raise InputError(f"proposals is {proposals}; without any there are no detections: give 1 or more.")
     return _CascadeMaskRCNN(
-        _Pyramid(backbone, fpn_channels, LastLevelMaxPool()),
-        _Proposals(_Anchors([*strides, 2 * strides[-1]], anchor_base, per_octave=1), fpn_channels, proposals),
-        _Cascade(strides, fpn_channels, head_channels, num_classes, samples),
+        Pyramid(backbone, fpn_channels, LastLevelMaxPool()),
+        _Proposals(Anchors([*strides, 2 * strides[-1]], anchor_base, per_octave=1), fpn_channels, proposals),
+        _Cascade(strides, fpn_channels, head_channels, num_classes, samples, detections),
         _Transform(min_sizes, min_size, max_size, divisor(backbone)),
     )
 
@@ -183,7 +195,7 @@ class _Proposals(RegionProposalNetwork):
     They are divided by the samples of the batch on however many processes it lies.
     """
 
-    def __init__(self, anchors: _Anchors, channels: int, proposals: int):
+    def __init__(self, anchors: Anchors, channels: int, proposals: int):
         most = {"training": 2 * proposals, "testing": proposals}
         super().__init__(
             anchors,
@@ -232,7 +244,7 @@ class _ProposalHead(RPNHead):
 
     def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         logits, offsets = super().forward(x)
-        return [_wide(y) for y in logits], [_wide(y) for y in offsets]
+        return [at_least_float32(y) for y in logits], [at_least_float32(y) for y in offsets]
 
 
 class _Matcher(Matcher):
@@ -249,9 +261,12 @@ class _Matcher(Matcher):
 class _Cascade(nn.Module):
     """From proposals to detections in three stages; images' boxes are lists of (R, 4) throughout."""
 
-    def __init__(self, strides: list[int], channels: int, head_channels: int, num_classes: int, samples: int):
+    def __init__(
+        self, strides: list[int], channels: int, head_channels: int, num_classes: int, samples: int, most: int
+    ):
         super().__init__()
         self.strides, self.sampler = strides, BalancedPositiveNegativeSampler(samples, POSITIVE)
+        self.detections_per_image = most
         self.stages = nn.ModuleList(_Stage(*stage, channels, head_channels, num_classes) for stage in STAGES)
 
     def forward(
@@ -262,7 +277,7 @@ class _Cascade(nn.Module):
         targets: list[dict] | None = None,
     ) -> tuple[list[dict], dict[str, Tensor]]:
         """Detections in eval mode, losses in train mode, as torchvision's frame wants them."""
-        maps = [_wide(x) for x in list(levels.values())[: len(self.strides)]]  # the last level is for proposals only
+        maps = [at_least_float32(x) for x in levels.values()][: len(self.strides)]  # the last is for proposals only
         boxes = [_some(b, size) for b, size in zip(proposals, sizes, strict=True)]
         if self.training:
             return [], self.losses(maps, boxes, sizes, targets)
@@ -308,7 +323,7 @@ class _Cascade(nn.Module):
             refined = stage.coder.decode_single(offsets, torch.cat(boxes)).split([len(b) for b in boxes])
             boxes = [clip(b, size) for b, size in zip(refined, sizes, strict=True)]
         scores = logits.softmax(dim=1)[:, 1:].split([len(b) for b in boxes])
-        results = [_best(b, s) for b, s in zip(boxes, scores, strict=True)]
+        results = [_best(b, s, self.detections_per_image) for b, s in zip(boxes, scores, strict=True)]
 
         labels = torch.cat([found["labels"] for found in results])
         cells = pool(maps, self.strides, [found["boxes"] for found in results], MASK_CELLS)
@@ -347,11 +362,11 @@ class _Stage(nn.Module):
     def classify(self, cells: Tensor) -> tuple[Tensor, Tensor]:
         """(R, C, 7, 7) to logits of background and classes (R, 1 + K) and offsets of the boxes (R, 4)."""
         x = self.box_head(cells)
-        return _wide(self.scores(x)), _wide(self.offsets(x))
+        return at_least_float32(self.scores(x)), at_least_float32(self.offsets(x))
 
     def mask(self, cells: Tensor) -> Tensor:
         """(R, C, 14, 14) to logits (R, K, 28, 28)."""
-        return _wide(self.mask_head(cells))
+        return at_least_float32(self.mask_head(cells))
 
 
 def pool(maps: list[Tensor], strides: list[int], boxes: list[Tensor], cells: int) -> Tensor:
@@ -410,15 +425,10 @@ def _some(boxes: Tensor, size: tuple[int, int]) -> Tensor:
     return boxes if len(boxes) else boxes.new_tensor([[0, 0, size[1], size[0]]])
 
 
-def _best(boxes: Tensor, scores: Tensor) -> dict[str, Tensor]:
-    """The detections among boxes (R, 4) with scores (R, K)."""
+def _best(boxes: Tensor, scores: Tensor, most: int) -> dict[str, Tensor]:
+    """The detections, at most ``most``, among boxes (R, 4) with scores (R, K)."""
     box, label = (scores > LEAST_SCORE).nonzero(as_tuple=True)
     boxes, scores, labels = boxes[box], scores[box, label], label + 1
     keep = remove_small_boxes(boxes, min_size=1e-2)
-    keep = keep[batched_nms(boxes[keep], scores[keep], labels[keep], OVERLAP)[:MOST]]
+    keep = keep[batched_nms(boxes[keep], scores[keep], labels[keep], OVERLAP)[:most]]
     return {"boxes": boxes[keep], "scores": scores[keep], "labels": labels[keep]}
-
-
-def _wide(x: Tensor) -> Tensor:
-    """In float32 at least, whatever precision the layers before ran in."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

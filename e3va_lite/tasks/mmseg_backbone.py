@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..datasets.mmseg import import_mmseg
 from ..methods.registry import build_backbone
-from .retinanet import check_maps
+from .detection import check_maps
 
 mmseg = import_mmseg()
 

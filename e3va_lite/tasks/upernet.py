@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from ..backbones.swin import MIN_SIZE
 from ..datasets.ade20k import VOID
 from ..errors import InputError
+from .detection import IMAGE_MEAN, IMAGE_STD
 from .mmseg_backbone import Body, mmseg
-from .retinanet import IMAGE_MEAN, IMAGE_STD
 
 
 def build_upernet(

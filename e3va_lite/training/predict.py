@@ -22,13 +22,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from pycocotools import mask as coco_mask
 from torch import Tensor, nn
-from torchvision.ops import box_convert
 from tqdm import tqdm
 
 from ..datasets.check import SMALLEST, UNREADABLE
 from ..errors import InputError, unknown
+from ..tasks.coco import results as coco_results
 from ..tasks.registry import NAMES, Known, predict_image
 from .pictures import palette, picture
 
@@ -115,7 +114,7 @@ def predict(
             if task == "ade20k":
                 _save(out / "masks" / name, _png(_index_image(prediction["mask"], numbers)))
             else:
-                results += _coco_results(ids[path], prediction, numbers)
+                results += coco_results(prediction, ids[path], numbers)
                 voc_lines = _voc_lines(path.stem, prediction)
                 for line, label in zip(voc_lines, prediction["labels"].tolist(), strict=True):
                     lines[classes[label - 1]].append(line)
@@ -172,7 +171,7 @@ def load_image(path: Path, size: tuple[int, int] | None = None) -> Tensor:
     Args:
         path: Of the image.
         size: Width and height that an annotation gives the image. If they are those of the pixels as stored, boxes
-            refer to these, and the image is not turned; the readers of datasets decide alike.
+            refer to these, and the image is not turned: the readers of datasets decide likewise.
 
     Raises:
         InputError: For a file that cannot be read, an image smaller than 32 pixels or of more than 8 bits per channel.
@@ -226,7 +225,8 @@ def _image_id(stem: str) -> int | str:
 
 def _image_ids(paths: list[Path], known: Mapping[Path, Known]) -> dict[Path, int | str]:
     """What ``results.json`` calls the images."""
-    ids = {path: known[path].id if path in known else _image_id(path.stem) for path in paths}
+    ids = {path: known[path].id if path in known else None for path in paths}
+    ids = {path: _image_id(path.stem) if number is None else number for path, number in ids.items()}
     first: dict[int | str, Path] = {}
     for path, number in ids.items():
         if (other := first.setdefault(number, path)) != path:
@@ -322,20 +322,6 @@ def _index_image(mask: Tensor, numbers: np.ndarray) -> Image.Image:
     colours[numbers] = palette(len(numbers))
     image.putpalette(colours.tobytes())
     return image
-
-
-def _coco_results(image_id: int | str, prediction: dict, numbers: np.ndarray) -> list[dict]:
-    """One image's objects in COCO's results format: boxes as ``x, y, width, height``, masks as run lengths."""
-    columns = {
-        "category_id": numbers[prediction["labels"].numpy() - 1].tolist(),
-        "bbox": box_convert(prediction["boxes"].double(), "xyxy", "xywh").tolist(),
-        "score": prediction["scores"].tolist(),
-    }
-    if "masks" in prediction:
-        encoded = coco_mask.encode(np.asfortranarray(prediction["masks"].permute(1, 2, 0).numpy().astype(np.uint8)))
-        columns["segmentation"] = [{**region, "counts": region["counts"].decode()} for region in encoded]
-    rows = zip(*columns.values(), strict=True)
-    return [{"image_id": image_id, **dict(zip(columns, row, strict=True))} for row in rows]
 
 
 def _voc_lines(stem: str, prediction: dict) -> list[str]:

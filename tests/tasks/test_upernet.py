@@ -21,8 +21,8 @@ from e3va_lite.datasets.shapes import CLASSES, write_scenes
 from e3va_lite.errors import InputError
 from e3va_lite.recipes.schema import ADE20KRecipe, load_recipe
 from e3va_lite.tasks import ade20k
+from e3va_lite.tasks.detection import IMAGE_MEAN, IMAGE_STD
 from e3va_lite.tasks.mmseg_backbone import mmseg
-from e3va_lite.tasks.retinanet import IMAGE_MEAN, IMAGE_STD
 from e3va_lite.tasks.upernet import build_upernet
 from e3va_lite.training.engine import build_model, evaluate, fit
 from e3va_lite.training.sampling import seeded

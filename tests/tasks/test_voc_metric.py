@@ -75,7 +75,7 @@ def test_whole_tenths_are_compared_as_the_usual_implementations_do(hits):
 
 
 def test_a_whole_tenth_worked_by_hand():
-    # Of 10 boxes three are found first, then a miss, then the fourth: the point .3 has 4/5 and not the 1 of recall 3/10.
+    # Of 10 boxes three are found, then a miss, then the fourth: the point .3 has 4/5, and not the 1 of recall 3/10.
     predictions = [pred(*((box(n), 0.9) for n in range(3)), (NOWHERE, 0.8), (box(3), 0.7))]
     eleven, area = both(predictions, [truth(*(box(n) for n in range(10)))])
     assert eleven == pytest.approx((3 * 1 + 2 * 4 / 5) / 11)

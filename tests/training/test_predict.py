@@ -9,14 +9,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import nn
 
+from e3va_lite import cli
 from e3va_lite.datasets.shapes import CLASSES, COCO_IDS, scene, write_scenes
 from e3va_lite.errors import InputError
+from e3va_lite.recipes.schema import load_recipe
+from e3va_lite.tasks import voc
+from e3va_lite.tasks.registry import Known
+from e3va_lite.training.engine import build_model, evaluate
 from e3va_lite.training.predict import file_names, load_image, palette, picture, predict, read_images
 
 WIDTH, HEIGHT = 640, 400  # large enough for a picture to have the pixels of its image
@@ -522,7 +528,7 @@ def test_places_that_cannot_be_written_are_found_first(tmp_path, kind):
     else:
         (out / "a.png").mkdir(parents=True)
     model = Fake(FOUND)
-    with pytest.raises(InputError, match="(cannot be a folder|is a folder).* choose another --out"):
+    with pytest.raises(InputError, match=r"(cannot be a folder|is a folder).* choose another --out"):
         predict(model, [image], out, "voc", ("cat",), overwrite=True)
     assert not model.seen
 
@@ -532,3 +538,154 @@ def test_missing_folders_are_made_and_links_followed(tmp_path):
     (tmp_path / "link").symlink_to("real")
     predict(Fake(FOUND), [put(tmp_path / "in/a.png")], tmp_path / "link/x/y", "voc", ("cat",))
     assert (tmp_path / "real/x/y/results.json").is_file()
+
+
+# The same scores as evaluation, the dataset's own ids ----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sizes(tmp_path_factory):
+    """A VOC-shaped folder of images of several sizes; two are photographs that EXIF turns."""
+    root = tmp_path_factory.mktemp("sizes")
+    for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (root / folder).mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    shapes = {"1": (96, 64), "2": (64, 96), "3": (80, 80), "turned": (96, 48), "stored": (96, 48)}
+    for name, (width, height) in shapes.items():
+        exif = Image.Exif()
+        exif[0x0112] = 6 if name in ("turned", "stored") else 1
+        Image.fromarray(rng.integers(0, 255, (height, width, 3), np.uint8)).save(
+            root / f"JPEGImages/{name}.png", exif=exif
+        )
+        size = (height, width) if name == "turned" else (width, height)
+        text = "<annotation><size><width>{}</width><height>{}</height></size>{}</annotation>"
+        thing = "<object><name>{}</name><bndbox><xmin>9</xmin><ymin>9</ymin><xmax>40</xmax><ymax>40</ymax></bndbox></object>"
+        things = thing.format("cat") + thing.format("dog")
+        (root / f"Annotations/{name}.xml").write_text(text.format(*size, things))
+    (root / "ImageSets/Main/val.txt").write_text("\n".join(shapes))
+    return root
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_predict_finds_what_evaluation_finds(sizes, tmp_path, monkeypatch, precision):
+    settings = {"pretrained": False, "min_size": 64, "max_size": 96, "fpn_channels": 16, "batch": 1, "workers": 0}
+    recipe = load_recipe("shapes", {**settings, "precision": precision, "eval_split": "val"})
+    model = build_model(recipe, 2)
+    torch.nn.init.zeros_(model.head.classification_head.cls_logits.bias)  # else nothing scores above .05
+    seen, record = {}, voc.record
+
+    def spy(prediction, target):
+        seen[target["image_id"]] = prediction
+        return record(prediction, target)
+
+    monkeypatch.setattr(voc, "record", spy)
+    metrics = evaluate(model, voc.dataset(recipe, sizes, "val"), recipe, torch.device("cpu"))
+    paths = sorted((sizes / "JPEGImages").iterdir())
+    known = voc.known_images(recipe, sizes, paths)
+    predict(model, paths, tmp_path / "out", "voc", ("cat", "dog"), known=known, precision=precision)
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert metrics["ap50_11_point"] is not None and len(results) > 100
+    for name in ("1", "2", "3", "stored"):
+        mine = [r for r in results if str(r["image_id"]) == name]
+        assert [r["score"] for r in mine] == seen[name]["scores"].tolist()
+        corners = [[x, y, x + w, y + h] for x, y, w, h in (r["bbox"] for r in mine)]
+        np.testing.assert_allclose(corners, seen[name]["boxes"], rtol=0, atol=1e-4)
+
+
+def test_exif_turns_an_image_unless_its_annotation_has_the_size_as_stored(sizes):
+    paths = sorted((sizes / "JPEGImages").iterdir())
+    known = voc.known_images(None, None, paths)
+    assert {path.stem: known[path] for path in paths} == {
+        "1": Known(None, (96, 64)),
+        "2": Known(None, (64, 96)),
+        "3": Known(None, (80, 80)),
+        "turned": Known(None, (48, 96)),
+        "stored": Known(None, (96, 48)),
+    }
+    shapes = {path.stem: tuple(load_image(path, known[path].size).shape[1:]) for path in paths}
+    assert shapes["turned"] == (96, 48) and shapes["stored"] == (48, 96)
+
+
+def command(*arguments):
+    result = CliRunner().invoke(cli.cli, [str(a) for a in arguments])
+    if result.exception and not isinstance(result.exception, SystemExit | InputError):
+        raise result.exception
+    return result
+
+
+@pytest.fixture(scope="module")
+def coco_run(tmp_path_factory):
+    """A run on a COCO-shaped folder whose images have names that are not their ids."""
+    root = tmp_path_factory.mktemp("coco")
+    write_scenes(root / "data", "coco", train=2, val=2, seed=0, size=64)
+    for split in ("train2017", "val2017"):
+        file = root / f"data/annotations/instances_{split}.json"
+        content = json.loads(file.read_text())
+        for k, image in enumerate(content["images"]):
+            new = f"{split}_{k}.jpg"
+            (root / "data" / split / image["file_name"]).rename(root / "data" / split / new)
+            image["file_name"] = new
+        file.write_text(json.dumps(content))
+    sets = [f"{k}={v}" for k, v in {
+        "pretrained": False, "min_sizes": [64], "min_size": 64, "max_size": 64, "fpn_channels": 16, "head_channels": 16,
+        "steps": 1, "batch": 1, "proposals": 50,
+    }.items()]  # fmt: skip
+    words = [word for setting in sets for word in ("--set", setting)]
+    command("train", "coco", "--root", root / "data", "--recipe", "coco-nano", "--out", root / "run", *words)
+    return root
+
+
+def test_json_has_the_datasets_own_ids(coco_run):
+    """What loadRes takes: results of the run's own images, or of images that a given file knows."""
+    out, file = coco_run / "out", coco_run / "data/annotations/instances_val2017.json"
+    own = command("predict", coco_run / "run", coco_run / "data/val2017", "--out", out, "--json")
+    results = json.loads(own.stdout)
+    assert results == json.loads((out / "results.json").read_text()) and results
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(file)
+        truth.loadRes(results)
+    assert {r["image_id"] for r in results} == set(truth.imgs)
+    moved = coco_run / "moved"
+    (coco_run / "data/val2017").rename(moved)
+    try:
+        plain = command("predict", coco_run / "run", moved, "--out", coco_run / "plain", "--json")
+        given = command(
+            "predict", coco_run / "run", moved, "--out", coco_run / "given", "--json", "--annotations", file
+        )
+    finally:
+        moved.rename(coco_run / "data/val2017")
+    assert json.loads(given.stdout) == results
+    assert {r["image_id"] for r in json.loads(plain.stdout)} == {"val2017_0", "val2017_1"}
+
+
+def test_categories_are_those_of_the_file_that_is_given(coco_run):
+    file = coco_run / "other.json"
+    content = json.loads((coco_run / "data/annotations/instances_val2017.json").read_text())
+    for category in content["categories"]:
+        category["id"] += 1000
+    file.write_text(json.dumps(content))
+    folder = coco_run / "data/val2017"
+    given = command("predict", coco_run / "run", folder, "--out", coco_run / "ids", "--json", "--annotations", file)
+    assert {r["category_id"] for r in json.loads(given.stdout)} <= {i + 1000 for i in COCO_IDS}
+
+
+def test_a_command_with_a_bad_image_says_what_to_do(coco_run, tmp_path):
+    good, out = coco_run / "data/val2017/val2017_0.jpg", tmp_path / "out"
+    bad = tmp_path / "bad.jpg"
+    bad.write_bytes(good.read_bytes()[:-100])
+    refused = command("predict", coco_run / "run", good, bad, "--out", out)
+    assert isinstance(refused.exception, InputError) and "--skip-bad" in str(refused.exception) and not out.exists()
+    with pytest.warns(UserWarning, match=r"bad\.jpg"):
+        done = command("predict", coco_run / "run", good, bad, "--out", out, "--skip-bad")
+    assert "1 images" in done.stdout and (out / "results.json").is_file()
+    for options in (["--annotations", tmp_path / "none.json"], ["--annotations", good]):
+        refused = command("predict", coco_run / "run", good, "--out", tmp_path / "x", *options)
+        assert "cannot be read as JSON" in str(refused.exception)
+
+
+def test_two_images_of_one_number_are_refused(tmp_path):
+    paths = [put(tmp_path / "a.png", 64, 64), put(tmp_path / "7.png", 64, 64)]
+    with pytest.raises(InputError, match="would both be image 7"):
+        predict(Fake(), paths, tmp_path / "out", "coco", ("cat",), known={paths[0]: Known(7, (64, 64))})
+    with pytest.raises(InputError, match=r"64x64, its annotation says 60x64"):
+        predict(Fake(), paths, tmp_path / "out", "coco", ("cat",), known={paths[0]: Known(8, (60, 64))})
