@@ -65,21 +65,15 @@ RECIPES = {"voc": "shapes", "coco": "coco-nano", "coco-boxes": "coco-boxes-nano"
 
 @pytest.mark.parametrize("task", RECIPES)
 def test_detections_per_image_are_a_setting(task):
-    settings = {**SMALL, "steps": None, "min_sizes": [64]}
-    if task != "coco":
-        del settings["min_sizes"]
-    del settings["steps"]
+    settings = {key: value for key, value in SMALL.items() if key != "steps"}
+    if task == "coco":
+        settings["min_sizes"] = [64]
     assert load_recipe(RECIPES[task], task=task).detections == 100
     for most in (100, 130):
         loaded = load_recipe(RECIPES[task], {**settings, "detections": most}, task)
         model = build_model(loaded, 3).eval()
-        heads = (
-            [s.scores for s in model.roi_heads.stages]
-            if task == "coco"
-            else [model.head.classification_head.cls_logits]
-        )
-        for head in heads:  # as if every place had an object
-            torch.nn.init.zeros_(head.bias)
+        if task != "coco":  # as if every place had an object
+            torch.nn.init.zeros_(model.head.classification_head.cls_logits.bias)
         with torch.inference_mode():
             (found,) = model([torch.rand(3, 64, 64)])
         assert len(found["scores"]) == most and (found["scores"].diff() <= 0).all()
@@ -184,7 +178,6 @@ def test_ids_of_the_runs_own_images_and_of_a_file(tmp_path):
     with pytest.raises(ValueError, match=r"no entry for 2 of 4 images.*--annotations"):
         coco.known_images(recipe, None, paths, val)
     assert coco.category_ids(val, [*CLASSES[:2], "new"]) == [*COCO_IDS[:2], max(COCO_IDS) + 1]
-    assert sorted(COCO(val).getCatIds()) == COCO_IDS or list(COCO_IDS) == sorted(COCO(val).getCatIds())
     for text in ("[]", "{", '{"images": []}', '{"images": [{"id": 1}], "categories": []}'):
         val.write_text(text)
         with pytest.raises(ValueError, match=r"instances_val2017\.json"):

@@ -559,8 +559,8 @@ def sizes(tmp_path_factory):
         )
         size = (height, width) if name == "turned" else (width, height)
         text = "<annotation><size><width>{}</width><height>{}</height></size>{}</annotation>"
-        thing = "<object><name>{}</name><bndbox><xmin>9</xmin><ymin>9</ymin><xmax>40</xmax><ymax>40</ymax></bndbox></object>"
-        things = thing.format("cat") + thing.format("dog")
+        box = "<bndbox><xmin>9</xmin><ymin>9</ymin><xmax>40</xmax><ymax>40</ymax></bndbox>"
+        things = "".join(f"<object><name>{thing}</name>{box}</object>" for thing in ("cat", "dog"))
         (root / f"Annotations/{name}.xml").write_text(text.format(*size, things))
     (root / "ImageSets/Main/val.txt").write_text("\n".join(shapes))
     return root
@@ -643,7 +643,7 @@ def test_json_has_the_datasets_own_ids(coco_run):
     assert results == json.loads((out / "results.json").read_text()) and results
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(file)
-        truth.loadRes(results)
+        truth.loadRes(str(out / "results.json"))
     assert {r["image_id"] for r in results} == set(truth.imgs)
     moved = coco_run / "moved"
     (coco_run / "data/val2017").rename(moved)
