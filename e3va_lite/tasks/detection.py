@@ -17,7 +17,7 @@ IMAGE_STD = (58.395 / 255, 57.12 / 255, 57.375 / 255)
 
 
 class Pyramid(nn.Module):
-    """Backbone and feature pyramid as torchvision's detectors want them: images to an ordered dict of levels."""
+    """Backbone and feature pyramid as torchvision's detectors expect them: images to an ordered dict of levels."""
 
     def __init__(self, backbone: nn.Module, channels: int, extra: ExtraFPNBlock):
         super().__init__()
@@ -34,8 +34,8 @@ class Pyramid(nn.Module):
 class Anchors(AnchorGenerator):
     """Anchors at each place: ``per_octave`` scales times the ratios (height to width) .5, 1 and 2; nine by default.
 
-    Torchvision guesses a level's stride from the sizes of image and map, 608 // 10 = 60 where it is 64, and computes in
-    the maps' precision, which in bfloat16 leaves whole pixels of error. Here strides are the real ones, in float32.
+    Torchvision estimates a level's stride from the sizes of image and map, 608 // 10 = 60 where it is 64, and computes
+    in the maps' precision, which in bfloat16 leaves errors of whole pixels. Here, strides are exact, in float32.
     """
 
     def __init__(self, strides: list[int], base: float, per_octave: int = 3):
@@ -50,16 +50,27 @@ class Anchors(AnchorGenerator):
         return [torch.cat(anchors)] * len(images.image_sizes)  # (A, 4) per image
 
 
+def init_narrow(*convolutions: nn.Conv2d) -> None:
+    """Initialise convolutions of a head if they are narrower than in the paper's setting.
+
+    Torchvision's initialisation, a standard deviation of .01, halves a signal per layer at 256 channels and leaves
+    nearly nothing of it in a narrower head, which would take most of a short run to recover.
+    """
+    for convolution in convolutions:
+        if convolution.out_channels < PAPER_CHANNELS:
+            nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
+
+
 def at_least_float32(x: Tensor) -> Tensor:
-    """Whatever precision the layers before ran in: boxes are decoded, and losses summed, in that of their input."""
+    """Boxes are decoded and losses are summed in the precision of their input, which autocast may have lowered."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def mean_count(count: Tensor | int, device: torch.device) -> Tensor:
     """The mean of a count over all processes, at least ``1 / world``; a float32 scalar.
 
-    A loss that each process divides by *this*, averaged over the processes as gradients are, is the sum over all images
-    divided by the count over all images: the same as one process with the whole batch would compute.
+    If each process divides its loss by this number, the mean over the processes, as gradients are averaged, is the sum
+    over all images divided by the count over all images: the same as one process with the whole batch computes.
     """
     total = torch.as_tensor(count, dtype=torch.float32, device=device).clone()
     if dist.is_initialized():
@@ -95,10 +106,10 @@ def check_maps(images: Tensor, maps: list[Tensor], out_channels: list[int], stri
     """Compare a backbone's maps with what the backbone promised.
 
     Args:
-        images: What went in, (B, 3, H, W).
-        maps: What came out, to be (B, C_i, ceil(H / s_i), ceil(W / s_i)) each.
-        out_channels: The promised C_i.
-        strides: The promised s_i.
+        images: The input, (B, 3, H, W).
+        maps: The output; should be (B, C_i, ceil(H / s_i), ceil(W / s_i)) each.
+        out_channels: C_i.
+        strides: s_i.
 
     Raises:
         InputError: If a map is missing, surplus, or of another shape.
@@ -113,5 +124,5 @@ def check_maps(images: Tensor, maps: list[Tensor], out_channels: list[int], stri
 
 
 def divisor(backbone: nn.Module) -> int:
-    """What the sides of images are padded to a multiple of: torchvision's 32, if the backbone does not say."""
+    """The sides of images are padded to a multiple of this: torchvision's 32, unless the backbone says otherwise."""
     return getattr(backbone, "divisor", 32)

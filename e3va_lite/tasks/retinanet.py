@@ -5,8 +5,8 @@ made from the backbone's last map, nine anchors per place, focal loss (.25, 2) a
 are not repeated here: both losses, the matching at IoU .5 and .4 in which each box keeps its best anchor, and the head
 with four convolutions that starts at a class probability of .01.
 
-Where we depart from torchvision, a small class below says so. One of its ways that differs from the stand-in stays: a
-ReLU between the two extra levels.
+Where this departs from torchvision, a small class below says so. One difference from the stand-in remains: a ReLU
+between the two extra levels.
 """
 
 import itertools
@@ -18,17 +18,8 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from ..errors import InputError
-from .detection import (
-    IMAGE_MEAN,
-    IMAGE_STD,
-    PAPER_CHANNELS,
-    Anchors,
-    Pyramid,
-    at_least_float32,
-    check_arguments,
-    divisor,
-    mean_count,
-)
+from . import detection
+from .detection import Anchors, Pyramid, at_least_float32, check_arguments, init_narrow, mean_count
 
 
 def build_retinanet(
@@ -64,7 +55,7 @@ def build_retinanet(
         max_size: ... unless the long side then exceeds this one. Both equal to the long side of images: no resizing.
         fpn_channels: Width of the feature pyramid and of the head; 256 in the paper's setting.
         anchor_base: Side of a level's smallest square anchor, in strides of that level. Lower it for small objects.
-        detections: Objects per image that are returned, at most.
+        detections: Maximum number of objects per image that are returned.
 
     Raises:
         InputError: For a number of classes, size, width or base that cannot work, or a backbone without the two lists;
@@ -72,29 +63,25 @@ def build_retinanet(
     """
     check_arguments(backbone, num_classes, [min_size], max_size, fpn_channels, detections)
     if anchor_base < 2 ** (1 / 3):
-        # A box that no anchor touches is matched to *every* anchor that overlaps nothing. Anchors sit at multiples of
-        # the stride from 0 on; to reach the right and lower edge the largest has to be two strides wide.
+        # A box that no anchor touches is matched to every anchor that overlaps nothing. Anchors lie at multiples of the
+        # stride from 0 on; to reach the right and lower edge the largest has to be two strides wide.
         raise InputError(f"anchor_base is {anchor_base}; below 1.26 anchors do not cover the image: use finer strides.")
     last = backbone.strides[-1]
     anchors = Anchors([*backbone.strides, 2 * last, 4 * last], anchor_base)
     head = _Head(fpn_channels, anchors.num_anchors_per_location()[0], num_classes)
-    if fpn_channels < PAPER_CHANNELS:
-        # Torchvision's start, a deviation of .01, halves a signal per layer at 256 channels and all but ends it in a
-        # narrower head: that one would spend a short run on waking up.
-        for tower in (head.classification_head.conv, head.regression_head.conv):
-            for conv in (m for m in tower.modules() if isinstance(m, nn.Conv2d)):
-                nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+    for tower in (head.classification_head.conv, head.regression_head.conv):
+        init_narrow(*(m for m in tower.modules() if isinstance(m, nn.Conv2d)))
     extra = LastLevelP6P7(backbone.out_channels[-1], fpn_channels)
-    # "On input": P6 comes from the backbone's last map, also where that happens to be as wide as the pyramid.
+    # P6 is made from the backbone's last map, even if that is as wide as the pyramid.
     extra.use_P5 = False
     return _RetinaNet(
         Pyramid(backbone, fpn_channels, extra),
         num_classes,
         min_size=min_size,
         max_size=max_size,
-        image_mean=IMAGE_MEAN,
-        image_std=IMAGE_STD,
-        size_divisible=divisor(backbone),
+        image_mean=detection.IMAGE_MEAN,
+        image_std=detection.IMAGE_STD,
+        size_divisible=detection.divisor(backbone),
         anchor_generator=anchors,
         head=head,
         detections_per_img=detections,
@@ -102,7 +89,7 @@ def build_retinanet(
 
 
 class _RetinaNet(RetinaNet):
-    """Torchvision's, with labels 1..K outside for 0..K-1 inside, so that no output is spent on a class that is none."""
+    """Torchvision's, with labels 1..K outside and 0..K-1 inside, so that no output stands for the background."""
 
     def forward(self, images: list[Tensor], targets: list[dict] | None = None) -> dict[str, Tensor] | list[dict]:
         if targets is not None:
@@ -114,11 +101,11 @@ class _RetinaNet(RetinaNet):
 
 
 class _Head(RetinaNetHead):
-    """Torchvision's, with outputs in float32 at least: boxes are decoded and losses summed in their precision.
+    """Torchvision's, with outputs in float32 at least and losses normalised over the batch.
 
-    Torchvision divides each image's losses by that image's own number of positive anchors, which may be none: one empty
-    image then outweighs a full batch, and the gradient jumps by two orders of magnitude. Here the batch counts as one,
-    on however many processes it lies.
+    Torchvision divides the losses of each image by the number of its positive anchors, which may be zero: a single
+    empty image then outweighs a full batch, and the gradient grows by two orders of magnitude. Here, the losses are
+    divided by the number of positive anchors in the whole batch, over all processes.
     """
 
     def forward(self, maps: list[Tensor]) -> dict[str, Tensor]:
@@ -132,13 +119,13 @@ class _Head(RetinaNetHead):
         anchors: list[Tensor],
         matched_idxs: list[Tensor],
     ) -> dict[str, Tensor]:
-        """The two losses of a batch laid end to end, as if it were one long image."""
+        """The two losses of a batch, whose images are concatenated into one."""
         ahead = itertools.accumulate((len(target["labels"]) for target in targets[:-1]), initial=0)
         matched = [torch.where(index >= 0, index + n, index) for index, n in zip(matched_idxs, ahead, strict=True)]
         target = {key: torch.cat([target[key] for target in targets]) for key in ("boxes", "labels")}
         outputs = {name: x.flatten(0, 1)[None] for name, x in head_outputs.items()}
         losses = super().compute_loss([target], outputs, [torch.cat(anchors)], [torch.cat(matched)])
-        # Torchvision divided by this process's positive anchors; what counts are those of all processes.
+        # Torchvision divided by the positive anchors of this process, not of all processes.
         positives = sum((index >= 0).sum() for index in matched)
         share = positives.clamp(min=1) / mean_count(positives, positives.device)
         return {name: loss * share for name, loss in losses.items()}

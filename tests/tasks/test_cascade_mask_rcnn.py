@@ -88,7 +88,7 @@ def test_the_papers_detector_counted_by_hand():
     assert [sum(p.numel() for p in stage.parameters()) for stage in stages] == [box_head + outputs + mask_head] * 3
     proposals = (conv + 256) + (256 + 1) * 3 + (256 + 1) * 3 * 4
     assert sum(p.numel() for p in model.rpn.parameters()) == proposals
-    assert [(stage.least, stage.weight) for stage in stages] == [(0.5, 1), (0.6, 0.5), (0.7, 0.25)]
+    assert [(stage.min_iou, stage.weight) for stage in stages] == [(0.5, 1), (0.6, 0.5), (0.7, 0.25)]
     assert [s.coder.weights for s in stages] == [(10, 10, 5, 5), (20, 20, 10, 10), (30, 30, 15, 15)]
     assert (model.roi_heads.sampler.batch_size_per_image, model.roi_heads.sampler.positive_fraction) == (512, 0.25)
     counts = (model.rpn.train().pre_nms_top_n(), model.rpn.post_nms_top_n())
@@ -268,8 +268,8 @@ def test_where_all_boxes_vanish_the_image_itself_remains():
     losses = model([torch.rand(3, 64, 64)], [target()])
     assert all(loss.isfinite() for loss in losses.values())
     empty = torch.tensor([[5.0, 5, 5, 9]])
-    assert cascade_mask_rcnn._some(empty, (30, 40)).tolist() == [[0, 0, 40, 30]]
-    assert cascade_mask_rcnn._some(torch.cat([empty, torch.tensor([NONE])]), (64, 64)).tolist() == [list(NONE)]
+    assert cascade_mask_rcnn._nonempty(empty, (30, 40)).tolist() == [[0, 0, 40, 30]]
+    assert cascade_mask_rcnn._nonempty(torch.cat([empty, torch.tensor([NONE])]), (64, 64)).tolist() == [list(NONE)]
 
 
 # Masks in images -----------------------------------------------------------------------------------------------------
