@@ -52,13 +52,13 @@ class _Training(Dataset):
 
 
 def _clear(target: dict) -> dict:
-    """Without the ``difficult`` objects: the metric does not ask for them, and training does not teach them."""
+    """Leave out the ``difficult`` objects: the metric does not count them, and they are not trained on."""
     keep = ~target["difficult"]
     return {**target, **{key: target[key][keep] for key in ("boxes", "labels", "difficult")}}
 
 
 def mirror(image: Tensor, target: dict) -> tuple[Tensor, dict]:
-    """Left and right exchanged: image (3, H, W) and boxes (N, 4)."""
+    """Flip an image (3, H, W) and its boxes (N, 4) horizontally."""
     width = image.shape[-1]
     boxes = target["boxes"]
     return image.flip(-1), {
@@ -91,7 +91,7 @@ def record(prediction: dict, target: dict) -> tuple[dict, dict]:
 
 
 def summary(records: list[tuple[dict, dict]], dataset: VOCDetection) -> dict:
-    """AP at IoU .5 over eleven and over all points; None for a class that the split does not show."""
+    """AP at IoU .5 over eleven and over all points; None for a class without objects in the split."""
     ap = average_precision([p for p, _ in records], [t for _, t in records], len(dataset.classes))
 
     def by_class(values) -> dict:

@@ -10,7 +10,7 @@ from torchvision.ops import box_iou, roi_align
 
 import e3va_lite
 from e3va_lite.errors import InputError
-from e3va_lite.tasks import cascade_mask_rcnn
+from e3va_lite.tasks import cascade_mask_rcnn, region_proposals
 from e3va_lite.tasks.cascade_mask_rcnn import build_cascade_mask_rcnn, paste, pool
 
 LOSSES = {"rpn_objectness", "rpn_box"} | {f"stage{n}_{k}" for n in (1, 2, 3) for k in ("class", "box", "mask")}
@@ -406,7 +406,8 @@ def test_images_on_several_processes_count_as_one_batch(monkeypatch):
         counts.append(float(count))
         return torch.tensor(max(float(count), 1.0))
 
-    monkeypatch.setattr(cascade_mask_rcnn, "mean_count", plain)
+    for module in (cascade_mask_rcnn, region_proposals):
+        monkeypatch.setattr(module, "mean_count", plain)
     whole = model(images, truth)
     alone = []
     for image, one in zip(images, truth, strict=True):
@@ -418,7 +419,8 @@ def test_images_on_several_processes_count_as_one_batch(monkeypatch):
     parts = []
     for image, one in zip(images, truth, strict=True):
         answers = iter(shared)
-        monkeypatch.setattr(cascade_mask_rcnn, "mean_count", lambda count, device, answers=answers: next(answers))
+        for module in (cascade_mask_rcnn, region_proposals):
+            monkeypatch.setattr(module, "mean_count", lambda count, device, answers=answers: next(answers))
         parts.append(model([image], [one]))
     for name, loss in whole.items():
         torch.testing.assert_close((parts[0][name] + parts[1][name]) / 2, loss, msg=name)
