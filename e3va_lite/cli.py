@@ -397,11 +397,14 @@ def predict(
         ids = category_ids(annotations, trained.classes) if annotations else ids
     elif as_json or annotations:
         raise InputError("--json and --annotations are for detections: label maps are written as PNG below --out.")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was predicted until then is written
-    count = draw(
-        trained.model, files, out, recipe.task, trained.classes, ids, getattr(recipe, "ignore", 0), threshold,
-        _device(device), overwrite, known=known, precision=recipe.precision, skip_bad=skip_bad,
-    )  # fmt: skip
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was predicted until then is written
+    try:
+        count = draw(
+            trained.model, files, out, recipe.task, trained.classes, ids, getattr(recipe, "ignore", 0), threshold,
+            _device(device), overwrite, known=known, precision=recipe.precision, skip_bad=skip_bad,
+        )  # fmt: skip
+    finally:
+        signal.signal(signal.SIGTERM, before)
     click.echo((out / "results.json").read_text("utf-8") if as_json else f"saved: {out}, {count} images")
 
 
