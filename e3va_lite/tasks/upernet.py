@@ -57,9 +57,7 @@ def build_upernet(
     if len(scale) != 2 or min(scale) < MIN_SIZE:
         raise InputError(f"scale={list(scale)} cannot work: give a long and a short side of {MIN_SIZE} or more.")
     if class_weights is not None and len(class_weights) != num_classes:
-        raise InputError(
-            f"class_weights={class_weights} cannot work: give a number for each of {num_classes} classes."
-        )
+        raise InputError(f"class_weights={class_weights} cannot work: give a number for each of {num_classes} classes.")
     loss = {"type": "CrossEntropyLoss"} if class_weights is None else {"type": _Weighted, "weights": class_weights}
     third = backbone.strides.index(16) if 16 in backbone.strides else len(backbone.strides) - 1
     common = {
