@@ -347,6 +347,7 @@ def _train_command(task: str, help: str) -> None:
 
 _train_command("voc", "RetinaNet on Pascal VOC, or on any folder of that layout with classes of its own.")
 _train_command("coco", "Cascade Mask R-CNN on COCO, or on any folder of that layout with categories of its own.")
+_train_command("coco-boxes", "RetinaNet on the boxes of COCO, or of any folder of that layout, with or without masks.")
 _train_command("ade20k", "UPerNet on ADE20K, or on any folder of images and index masks with classes of its own.")
 
 
@@ -384,25 +385,51 @@ def evaluate(run, root, split, best, weights, device, strict, as_json) -> None:
 @click.argument("images", nargs=-1, required=True, type=PATH)
 @click.option("--out", type=PATH, help="Folder for pictures and files.  [default: RUN/predictions]")
 @click.option("--threshold", default=0.5, show_default=True, type=click.FloatRange(0, 1), help="For the pictures.")
+@click.option(
+    "--annotations",
+    type=PATH,
+    help="COCO file whose image ids the results use.  [default: the run's, for images of its dataset; else file names]",
+)
+@click.option("--skip-bad", is_flag=True, help="Leave out images that cannot be used, and list them.")
 @best
 @weights_option
 @device_option
 @overwrite
-def predict(run, images, out, threshold, best, weights, device, overwrite) -> None:
+@as_json
+def predict(
+    run, images, out, threshold, annotations, skip_bad, best, weights, device, overwrite, as_json
+) -> None:  # fmt: skip
     """Predict on IMAGES (files or folders) with RUN, a run or an exported file: pictures, and files for tools.
 
     The files are COCO results JSON and VOC text for boxes and masks, PNG for label maps. They hold everything; the
-    pictures show what scores above the threshold.
+    pictures show what scores above the threshold. --json prints the COCO results.
     """
+    import signal
+
+    from .tasks.coco import category_ids
+    from .tasks.registry import task_module
     from .training.export import open_trained
     from .training.predict import predict as draw
+    from .training.predict import read_images
 
+    files = read_images(images)
     trained = open_trained(run, best, weights)
     out = out or (run.with_suffix("") if run.is_file() else run) / "predictions"
-    recipe, ignore = trained.recipe, getattr(trained.recipe, "ignore", 0)
-    about = (recipe.task, trained.classes, trained.category_ids, ignore)
-    count = draw(trained.model, images, out, *about, threshold, _device(device), overwrite)
-    click.echo(f"saved: {out}, {count} images")
+    recipe, ids, known = trained.recipe, trained.category_ids, {}
+    if find := getattr(task_module(recipe.task), "known_images", None):
+        known = find(recipe, trained.root, files, annotations)
+        ids = category_ids(annotations, trained.classes) if annotations else ids
+    elif as_json or annotations:
+        raise InputError("--json and --annotations are for detections: label maps are written as PNG below --out.")
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was predicted until then is written
+    try:
+        count = draw(
+            trained.model, files, out, recipe.task, trained.classes, ids, getattr(recipe, "ignore", 0), threshold,
+            _device(device), overwrite, known=known, precision=recipe.precision, skip_bad=skip_bad,
+        )  # fmt: skip
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    click.echo((out / "results.json").read_text("utf-8") if as_json else f"saved: {out}, {count} images")
 
 
 @cli.command()

@@ -30,7 +30,7 @@ from ..training.engine import autocast, build_model, build_optimizer
 from .memory import Ledger, ledger
 
 OBJECTS = 8  # per image
-CLASSES = {"voc": 20, "coco": 80, "ade20k": 150}  # of the datasets themselves
+CLASSES = {"voc": 20, "coco": 80, "coco-boxes": 80, "ade20k": 150}  # of the datasets themselves
 
 
 class Step:

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -188,6 +189,8 @@ def average_precision(dataset: COCOInstances, results: list[dict], kind: str) ->
         if results:  # an empty list is more than loadRes can bear
             found = truth.loadRes([dict(result) for result in results])
         run = COCOeval(truth, found, kind)
+        # COCO's metric looks at the best hundred of an image, unless a detector was asked for more.
+        run.params.maxDets[-1] = max(100, *Counter(result["image_id"] for result in results).values(), 0)
         run.evaluate()
         run.accumulate()
         run.summarize()
@@ -195,6 +198,7 @@ def average_precision(dataset: COCOInstances, results: list[dict], kind: str) ->
     precision = run.eval["precision"][:, :, :, 0, -1]  # (IoU, recall, class) for all areas and 100 detections
     by_id = dict(zip(run.params.catIds, precision.mean(axis=(0, 1)), strict=True))
     by_class = {name: _plain(by_id[i]) for name, i in zip(dataset.classes, dataset.category_ids, strict=True)}
+    run.stats[0] = precision[precision > -1].mean() if (precision > -1).any() else -1  # pycocotools has it of 100 only
     return {**{name: _plain(value) for name, value in zip(names, run.stats, strict=False)}, "by_class": by_class}
 
 

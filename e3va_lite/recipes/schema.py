@@ -1,7 +1,7 @@
 """Recipes: all settings of a training run in one flat YAML file.
 
 Every recipe names its task, and the task decides which fields there are: those of :class:`Recipe`, which all tasks
-share, and those of one of its three subclasses. They are pydantic dataclasses: frozen, and validated however they are
+share, and those of one of its subclasses. They are pydantic dataclasses: frozen, and validated however they are
 made, by :func:`load_recipe` or by ``dataclasses.replace``.
 """
 
@@ -92,6 +92,18 @@ class VOCRecipe(Recipe):
     anchor_base: Positive = 4.0  # side of a level's smallest anchor, in strides
     min_size: Count = 600
     max_size: Count = 1000
+    detections: Count = 100  # objects per image that the detector returns, at most
+
+
+@_recipe
+class COCOBoxesRecipe(VOCRecipe):
+    """RetinaNet on the boxes of a COCO-shaped folder."""
+
+    images: str = "{split}"  # folder below the root
+    annotations: str = "annotations/instances_{split}.json"
+    min_size: Count = 800
+    max_size: Count = 1333
+    crop: bool = False  # half of the training images are cropped before they are resized
 
 
 @_recipe
@@ -109,6 +121,7 @@ class COCORecipe(Recipe):
     min_size: Count = 800  # short side when evaluating
     max_size: Count = 1333
     crop: bool = True  # half of the training images are cropped before they are resized
+    detections: Count = 100  # objects per image that the detector returns, at most
 
 
 @_recipe
@@ -129,7 +142,12 @@ class ADE20KRecipe(Recipe):
     class_weights: list[Positive] | None = None  # in the loss; where one class has most of the pixels
 
 
-TASKS: dict[str, type[Recipe]] = {"voc": VOCRecipe, "coco": COCORecipe, "ade20k": ADE20KRecipe}
+TASKS: dict[str, type[Recipe]] = {
+    "voc": VOCRecipe,
+    "coco": COCORecipe,
+    "coco-boxes": COCOBoxesRecipe,
+    "ade20k": ADE20KRecipe,
+}
 
 
 def load_recipe(name: str, overrides: dict[str, object] | None = None, task: str | None = None) -> Recipe:

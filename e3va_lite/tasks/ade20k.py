@@ -45,8 +45,8 @@ def model(recipe: ADE20KRecipe, backbone: nn.Module, num_classes: int) -> nn.Mod
 def record(prediction: dict, target: dict) -> Tensor:
     """Pixels per label: in both, in one or the other, predicted, annotated; (4, 256), where nothing is void.
 
-    A label has eight bits, and so the number of classes need not be known here. mmsegmentation counts in float32, which
-    is exact to 16 million pixels of a class in an image; over all images it takes more.
+    Labels have eight bits, so the number of classes need not be known here. mmsegmentation counts in float32, which is
+    exact up to 16 million pixels of a class in an image; sums over all images need float64.
     """
     areas = metric.intersect_and_union(prediction["mask"], target["mask"], 256, VOID)
     return torch.stack(areas).double()
@@ -56,9 +56,9 @@ def summary(records: list[Tensor], dataset: MaskFolder) -> dict:
     """mmsegmentation's metrics as fractions, not percent.
 
     Returns:
-        ``miou``: the mean of the classes' intersection over union; ``accuracy``: the share of pixels that are right;
-        ``mean_accuracy``: the mean of the classes' shares; ``by_class``: the classes' intersection over union. A class
-        that is neither annotated nor predicted has None and counts in no mean. Means of nothing are 0.
+        ``miou``: the mean of the classes' intersection over union; ``accuracy``: the share of correct pixels;
+        ``mean_accuracy``: the mean of the classes' accuracies; ``by_class``: the classes' intersection over union. A
+        class that is neither annotated nor predicted has None and counts in no mean. A mean over no class is 0.
     """
     areas = torch.stack(records).sum(0)[:, : len(dataset.classes)]
     values = metric.total_area_to_metrics(*areas)

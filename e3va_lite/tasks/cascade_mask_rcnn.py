@@ -1,12 +1,12 @@
 """Cascade Mask R-CNN ("Cascade R-CNN", Cai and Vasconcelos 2019) on any backbone, out of torchvision's parts.
 
 The settings are those of the public stand-in for the paper's missing appendix, Swin's configuration in mmdetection:
-proposals from three anchors per place, then three stages. Each starts from the boxes of the one before and asks for
-more overlap; each has a box head of four convolutions with batch norm, trained with GIoU, and a mask head. As in the
-cascade's own paper, and in some of the stand-in's variants only, a box regressor serves all classes.
+proposals from three anchors per place, then three stages. Each stage starts from the boxes of the previous one and
+requires more overlap; it has a box head of four convolutions with batch norm, trained with GIoU, and a mask head. As in
+the cascade's paper, and in some variants of the stand-in only, one box regressor serves all classes.
 
-Torchvision has no cascade: what follows the proposals is written out below, in the order in which it runs. One of
-torchvision's ways that differs from the stand-in stays: anchors that stick out of the image take part in training.
+Torchvision has no cascade: what follows the proposals is written out below, in the order in which it runs. One
+difference from the stand-in remains: anchors that reach beyond the image take part in training.
 """
 
 from collections import OrderedDict
@@ -14,12 +14,10 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models.detection._utils import BalancedPositiveNegativeSampler, BoxCoder, Matcher
+from torchvision.models.detection._utils import BalancedPositiveNegativeSampler, BoxCoder
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
-from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
 from torchvision.ops import batched_nms, box_area, box_iou, roi_align
 from torchvision.ops import clip_boxes_to_image as clip
@@ -29,17 +27,18 @@ from torchvision.ops.boxes import remove_small_boxes
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from ..errors import InputError
-from .retinanet import IMAGE_MEAN, IMAGE_STD, PAPER_CHANNELS, _Anchors, _check, _Pyramid, divisor, mean_count
+from .detection import IMAGE_MEAN, IMAGE_STD, Anchors, Pyramid, at_least_float32, check_arguments, divisor, mean_count
+from .region_proposals import ProposalNetwork
 
-STAGES = (  # least overlap of a positive box, weight of the losses, weights of the box coder
+STAGES = (  # minimum overlap of a positive box, weight of the losses, weights of the box coder
     (0.5, 1.0, (10.0, 10.0, 5.0, 5.0)),
     (0.6, 0.5, (20.0, 20.0, 10.0, 10.0)),
     (0.7, 0.25, (30.0, 30.0, 15.0, 15.0)),
 )
 BOX_WEIGHT = 10.0  # of GIoU beside cross-entropy
-POSITIVE = 0.25  # share of the sampled boxes that may have an object
-BOX_CELLS, MASK_CELLS, MASK_SIDE = 7, 14, 28  # side of what the heads see of the maps, and of a mask
-LEAST_SCORE, OVERLAP, MOST = 0.05, 0.5, 100  # of detections
+POSITIVE = 0.25  # maximum share of the sampled boxes that have an object
+BOX_CELLS, MASK_CELLS, MASK_SIDE = 7, 14, 28  # side of the pooled maps that the heads get, and of a mask
+MIN_SCORE, OVERLAP = 0.05, 0.5  # of detections
 
 
 def build_cascade_mask_rcnn(
@@ -54,6 +53,7 @@ def build_cascade_mask_rcnn(
     head_channels: int = 1024,
     samples: int = 512,
     proposals: int = 1000,
+    detections: int = 100,
 ) -> nn.Module:
     """A Cascade Mask R-CNN that uses every map of the backbone, and for proposals one more of twice the last stride.
 
@@ -68,7 +68,7 @@ def build_cascade_mask_rcnn(
     - In train mode ``model(images, targets)`` returns a dict of eleven losses, weighted: ``rpn_objectness``,
       ``rpn_box``, and for the stages 1 to 3 ``stage1_class``, ``stage1_box``, ``stage1_mask``.
     - In eval mode ``model(images)`` returns per image a dict of ``boxes`` (N, 4) in pixels of the image as given,
-      ``scores`` (N,), ``labels`` (N,) in 1..K and ``masks`` (N, H, W), bool; best score first, at most 100.
+      ``scores`` (N,), ``labels`` (N,) in 1..K and ``masks`` (N, H, W), bool; best score first, at most ``detections``.
 
     ``model.backbone.body`` is the backbone, ``model.backbone.fpn`` the neck, ``model.rpn`` makes the proposals and
     ``model.roi_heads.stages`` are the three stages.
@@ -84,10 +84,11 @@ def build_cascade_mask_rcnn(
         fpn_channels: Width of the feature pyramid and of the convolutions of all heads; 256 in the paper's setting.
         anchor_base: Side of a level's square anchor, in strides of that level. Lower it for small objects.
         head_channels: Width of the layer behind a box head's convolutions; 1024 in the paper's setting.
-        samples: Boxes per image on which a stage trains, at most; 512 in the paper's setting. The time of a step on
-            small images is all but proportional to it.
-        proposals: Boxes per image that the cascade looks at in evaluation, at most; training draws its samples from
-            twice as many. 1000 in the paper's setting.
+        samples: Maximum number of boxes per image on which a stage trains; 512 in the paper's setting. On small images
+            the time of a step is nearly proportional to it.
+        proposals: Maximum number of boxes per image that the cascade gets in evaluation; training draws its samples
+            from twice as many. 1000 in the paper's setting.
+        detections: Maximum number of objects per image that are returned.
 
     Raises:
         InputError: For a number of classes, size, width or base that cannot work, or a backbone without the two lists;
@@ -95,7 +96,7 @@ def build_cascade_mask_rcnn(
     """
     if not min_sizes:
         raise InputError("min_sizes is empty; training needs at least one length of the short side.")
-    _check(backbone, num_classes, [*min_sizes, min_size], max_size, fpn_channels)
+    check_arguments(backbone, num_classes, [*min_sizes, min_size], max_size, fpn_channels, detections)
     strides = list(backbone.strides)
     if strides != [strides[0] * 2**k for k in range(len(strides))]:
         raise InputError(f"the backbone's strides are {strides}; a feature pyramid needs each twice the one before.")
@@ -108,15 +109,15 @@ def build_cascade_mask_rcnn(
     if proposals < 1:
         raise InputError(f"proposals is {proposals}; without any there are no detections: give 1 or more.")
     return _CascadeMaskRCNN(
-        _Pyramid(backbone, fpn_channels, LastLevelMaxPool()),
-        _Proposals(_Anchors([*strides, 2 * strides[-1]], anchor_base, per_octave=1), fpn_channels, proposals),
-        _Cascade(strides, fpn_channels, head_channels, num_classes, samples),
+        Pyramid(backbone, fpn_channels, LastLevelMaxPool()),
+        ProposalNetwork(Anchors([*strides, 2 * strides[-1]], anchor_base, per_octave=1), fpn_channels, proposals),
+        _Cascade(strides, fpn_channels, head_channels, num_classes, samples, detections),
         _Transform(min_sizes, min_size, max_size, divisor(backbone)),
     )
 
 
 class _CascadeMaskRCNN(GeneralizedRCNN):
-    """Torchvision's frame around backbone, proposals and heads; targets are checked before anything is computed."""
+    """Torchvision's, which joins backbone, proposals and heads; targets are checked before anything is computed."""
 
     def forward(self, images: list[Tensor], targets: list[dict] | None = None) -> dict[str, Tensor] | list[dict]:
         for n, target in enumerate(targets or []):
@@ -128,9 +129,9 @@ class _CascadeMaskRCNN(GeneralizedRCNN):
 
 
 class _Transform(GeneralizedRCNNTransform):
-    """Torchvision's, with a size for evaluation that is not one of training, and masks pasted without rounding.
+    """Torchvision's, with a separate size for evaluation, and with masks pasted without rounding.
 
-    Torchvision rounds a box to whole pixels before it pastes a mask there, which costs small objects most.
+    Torchvision rounds a box to whole pixels before it pastes a mask into it, which is worst for small objects.
     """
 
     def __init__(self, min_sizes: list[int], min_size: int, max_size: int, divisor: int):
@@ -150,7 +151,7 @@ class _Transform(GeneralizedRCNNTransform):
 
 
 def paste(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Masks as seen from inside their boxes, put into an image; interpolated linearly, zero outside.
+    """Paste masks, given relative to their boxes, into an image: bilinear interpolation, zero outside.
 
     Args:
         masks: Probabilities (N, M, M).
@@ -162,7 +163,7 @@ def paste(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
     """
 
     def weights(start: Tensor, stop: Tensor, length: int) -> Tensor:
-        """(N, length, M): what each of the mask's M rows (columns) adds to a row (column) of the image."""
+        """(N, length, M): the interpolation weight of each of the mask's M rows (columns) for a row of the image."""
         centres = torch.arange(length, device=boxes.device) + 0.5
         place = (centres - start[:, None]) / (stop - start)[:, None] * side - 0.5
         return (1 - (place[..., None] - torch.arange(side, device=boxes.device)).abs()).clamp(min=0)
@@ -172,86 +173,20 @@ def paste(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
     rows, columns = weights(y1, y2, size[0]), weights(x1, x2, size[1]).mT
     result = torch.zeros(len(boxes), *size, dtype=torch.bool, device=boxes.device)
     with torch.autocast(boxes.device.type, enabled=False):
-        for n, mask in enumerate(masks):  # one by one: as floats a hundred large ones are gigabytes
+        for n, mask in enumerate(masks):  # one at a time: a hundred large masks in float32 are gigabytes
             result[n] = rows[n] @ mask @ columns[n] >= 0.5
     return result
 
 
-class _Proposals(RegionProposalNetwork):
-    """Torchvision's, with the stand-in's settings and other names and another normaliser of the two losses.
-
-    They are divided by the samples of the batch on however many processes it lies.
-    """
-
-    def __init__(self, anchors: _Anchors, channels: int, proposals: int):
-        most = {"training": 2 * proposals, "testing": proposals}
-        super().__init__(
-            anchors,
-            _ProposalHead(channels, anchors.num_anchors_per_location()[0]),
-            fg_iou_thresh=0.7,
-            bg_iou_thresh=0.3,
-            batch_size_per_image=256,
-            positive_fraction=0.5,
-            pre_nms_top_n=most,
-            post_nms_top_n=most,
-            nms_thresh=0.7,
-        )
-        self.proposal_matcher = _Matcher(0.7, 0.3, allow_low_quality_matches=True)
-
-    def forward(
-        self, images: ImageList, features: dict[str, Tensor], targets: list[dict] | None = None
-    ) -> tuple[list[Tensor], dict[str, Tensor]]:
-        boxes, losses = super().forward(images, features, targets)
-        names = {"loss_objectness": "rpn_objectness", "loss_rpn_box_reg": "rpn_box"}
-        return boxes, {names[name]: loss for name, loss in losses.items()}
-
-    def compute_loss(
-        self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor], regression_targets: list[Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """Objectness (A, 1) and offsets (A, 4) of all anchors of the batch against labels: 1, 0, or -1 for neither."""
-        positive, negative = (torch.cat(chosen).bool() for chosen in self.fg_bg_sampler(labels))
-        sampled = positive | negative
-        count = mean_count(sampled.sum(), sampled.device)
-        wanted, offsets = torch.cat(labels), torch.cat(regression_targets)
-        object_loss = F.binary_cross_entropy_with_logits(
-            objectness[sampled, 0], wanted[sampled].to(objectness.dtype), reduction="sum"
-        )
-        box_loss = F.smooth_l1_loss(
-            pred_bbox_deltas[positive], offsets[positive].to(pred_bbox_deltas.dtype), beta=1 / 9, reduction="sum"
-        )
-        return object_loss / count, box_loss / count
-
-
-class _ProposalHead(RPNHead):
-    """Torchvision's, with outputs in float32 at least: boxes are decoded in their precision."""
-
-    def __init__(self, channels: int, anchors: int):
-        super().__init__(channels, anchors)
-        if channels < PAPER_CHANNELS:  # as in RetinaNet's head: a deviation of .01 is made for 256 channels
-            nn.init.kaiming_normal_(self.conv[0][0].weight, nonlinearity="relu")
-
-    def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        logits, offsets = super().forward(x)
-        return [_wide(y) for y in logits], [_wide(y) for y in offsets]
-
-
-class _Matcher(Matcher):
-    """Torchvision's, but a box keeps its best anchor only from the lower threshold on.
-
-    A box that overlaps no anchor at all would else be matched to every anchor.
-    """
-
-    def set_low_quality_matches_(self, matches: Tensor, all_matches: Tensor, match_quality_matrix: Tensor) -> None:
-        good = match_quality_matrix.max(dim=1).values >= self.low_threshold
-        super().set_low_quality_matches_(matches, all_matches, match_quality_matrix[good])
-
-
 class _Cascade(nn.Module):
-    """From proposals to detections in three stages; images' boxes are lists of (R, 4) throughout."""
+    """From proposals to detections in three stages; boxes are lists of one (R, 4) per image throughout."""
 
-    def __init__(self, strides: list[int], channels: int, head_channels: int, num_classes: int, samples: int):
+    def __init__(
+        self, strides: list[int], channels: int, head_channels: int, num_classes: int, samples: int, most: int
+    ):
         super().__init__()
         self.strides, self.sampler = strides, BalancedPositiveNegativeSampler(samples, POSITIVE)
+        self.detections_per_image = most
         self.stages = nn.ModuleList(_Stage(*stage, channels, head_channels, num_classes) for stage in STAGES)
 
     def forward(
@@ -261,9 +196,9 @@ class _Cascade(nn.Module):
         sizes: list[tuple[int, int]],
         targets: list[dict] | None = None,
     ) -> tuple[list[dict], dict[str, Tensor]]:
-        """Detections in eval mode, losses in train mode, as torchvision's frame wants them."""
-        maps = [_wide(x) for x in list(levels.values())[: len(self.strides)]]  # the last level is for proposals only
-        boxes = [_some(b, size) for b, size in zip(proposals, sizes, strict=True)]
+        """Detections in eval mode, losses in train mode, as torchvision's detectors expect them."""
+        maps = [at_least_float32(x) for x in levels.values()][: len(self.strides)]  # the last is for proposals only
+        boxes = [_nonempty(b, size) for b, size in zip(proposals, sizes, strict=True)]
         if self.training:
             return [], self.losses(maps, boxes, sizes, targets)
         return self.detections(maps, boxes, sizes), {}
@@ -271,10 +206,10 @@ class _Cascade(nn.Module):
     def losses(
         self, maps: list[Tensor], boxes: list[Tensor], sizes: list[tuple[int, int]], targets: list[dict]
     ) -> dict[str, Tensor]:
-        """The weighted losses of all stages; each stage trains on the boxes of the one before."""
+        """The weighted losses of all stages; each stage trains on the boxes of the previous one."""
         losses = {}
         for n, stage in enumerate(self.stages, start=1):
-            drawn = [_sample(b, target, stage.least, self.sampler) for b, target in zip(boxes, targets, strict=True)]
+            drawn = [_sample(b, target, stage.min_iou, self.sampler) for b, target in zip(boxes, targets, strict=True)]
             boxes, labels, truth, shapes, new = zip(*drawn, strict=True)
             scores, offsets = stage.classify(pool(maps, self.strides, boxes, BOX_CELLS))
             refined = stage.coder.decode_single(offsets, torch.cat(boxes))
@@ -284,8 +219,8 @@ class _Cascade(nn.Module):
             label, truth, shapes = torch.cat(labels), torch.cat(truth), torch.cat(shapes)
             found = label > 0
             logits = logits[torch.arange(len(logits), device=label.device), label[found] - 1]
-            # The sums are divided by what all processes have together, and none of them may be missing where a batch
-            # has no objects: processes that draw such a batch stay in step with the others.
+            # The sums are divided by the counts over all processes. This also has to run where a batch has no objects,
+            # since the other processes wait for the counts.
             boxes_in_all, found_in_all = (mean_count(len(x), x.device) for x in (scores, logits))
             terms = {
                 "class": F.cross_entropy(scores, label, reduction="sum") / boxes_in_all,
@@ -296,19 +231,19 @@ class _Cascade(nn.Module):
             losses |= {f"stage{n}_{name}": stage.weight * term for name, term in terms.items()}
 
             refined = refined.detach().split([len(b) for b in boxes])
-            boxes = [_some(clip(b[own], size), size) for b, own, size in zip(refined, new, sizes, strict=True)]
+            boxes = [_nonempty(clip(b[own], size), size) for b, own, size in zip(refined, new, sizes, strict=True)]
         return losses
 
     def detections(self, maps: list[Tensor], boxes: list[Tensor], sizes: list[tuple[int, int]]) -> list[dict]:
-        """Per image ``boxes``, ``scores``, ``labels``, and ``masks`` (N, 28, 28) as seen from inside the boxes."""
+        """Per image ``boxes``, ``scores``, ``labels``, and ``masks`` (N, 28, 28) relative to the boxes."""
         logits = 0
         for stage in self.stages:
             scores, offsets = stage.classify(pool(maps, self.strides, boxes, BOX_CELLS))
-            logits = logits + scores / len(self.stages)  # as in the stand-in, the mean is taken before the softmax
+            logits = logits + scores / len(self.stages)  # as in the stand-in: the mean is taken before the softmax
             refined = stage.coder.decode_single(offsets, torch.cat(boxes)).split([len(b) for b in boxes])
             boxes = [clip(b, size) for b, size in zip(refined, sizes, strict=True)]
         scores = logits.softmax(dim=1)[:, 1:].split([len(b) for b in boxes])
-        results = [_best(b, s) for b, s in zip(boxes, scores, strict=True)]
+        results = [_select(b, s, self.detections_per_image) for b, s in zip(boxes, scores, strict=True)]
 
         labels = torch.cat([found["labels"] for found in results])
         cells = pool(maps, self.strides, [found["boxes"] for found in results], MASK_CELLS)
@@ -324,7 +259,7 @@ class _Stage(nn.Module):
 
     def __init__(
         self,
-        least: float,
+        min_iou: float,
         weight: float,
         coder: tuple[float, float, float, float],
         channels: int,
@@ -332,7 +267,7 @@ class _Stage(nn.Module):
         num_classes: int,
     ):
         super().__init__()
-        self.least, self.weight, self.coder = least, weight, BoxCoder(coder)
+        self.min_iou, self.weight, self.coder = min_iou, weight, BoxCoder(coder)
         shape = (channels, BOX_CELLS, BOX_CELLS)
         self.box_head = FastRCNNConvFCHead(shape, [channels] * 4, [head_channels], norm_layer=nn.BatchNorm2d)
         self.scores = nn.Linear(head_channels, 1 + num_classes)  # the background is 0
@@ -347,21 +282,21 @@ class _Stage(nn.Module):
     def classify(self, cells: Tensor) -> tuple[Tensor, Tensor]:
         """(R, C, 7, 7) to logits of background and classes (R, 1 + K) and offsets of the boxes (R, 4)."""
         x = self.box_head(cells)
-        return _wide(self.scores(x)), _wide(self.offsets(x))
+        return at_least_float32(self.scores(x)), at_least_float32(self.offsets(x))
 
     def mask(self, cells: Tensor) -> Tensor:
         """(R, C, 14, 14) to logits (R, K, 28, 28)."""
-        return _wide(self.mask_head(cells))
+        return at_least_float32(self.mask_head(cells))
 
 
 def pool(maps: list[Tensor], strides: list[int], boxes: list[Tensor], cells: int) -> Tensor:
-    """What the boxes hold of the maps: each box's of the level on which it is 14 to 28 strides wide, or the nearest.
+    """RoIAlign; a box is pooled from the level on which it is 14 to 28 strides wide, or the nearest one.
 
-    Torchvision's module for this guesses strides from sizes and is half a pixel of the map off.
+    Torchvision's module for this estimates strides from sizes and is off by half a pixel of the map.
 
     Args:
         maps: (B, C, h_i, w_i).
-        strides: Theirs, in pixels.
+        strides: The maps' strides, in pixels.
         boxes: Per image (R_b, 4), in pixels.
         cells: Side of the result.
 
@@ -378,47 +313,42 @@ def pool(maps: list[Tensor], strides: list[int], boxes: list[Tensor], cells: int
 
 
 def _sample(
-    boxes: Tensor, target: dict, least: float, sampler: BalancedPositiveNegativeSampler
+    boxes: Tensor, target: dict, min_iou: float, sampler: BalancedPositiveNegativeSampler
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Draw the boxes of one image that a stage trains on, the objects' own boxes among them.
+    """Sample the boxes of one image that a stage trains on, from ``boxes`` and the ground-truth boxes.
 
     Returns:
-        The boxes (R, 4); their labels (R,), 0 where they overlap no object by ``least``; the boxes (R, 4) of the
-        objects that they overlap most; for the P boxes with an object its mask as seen from inside, bool (P, 28, 28);
-        and whether (R,) a box is one of those given, not an object's own.
+        The boxes (R, 4); their labels (R,), 0 where they overlap no object by ``min_iou``; the boxes (R, 4) of the
+        objects that they overlap most; for the P boxes with an object its mask relative to the box, bool (P, 28, 28);
+        and whether (R,) a box comes from ``boxes`` and not from the ground truth.
     """
     given, true = len(boxes), target["boxes"].to(boxes)
     boxes = torch.cat([boxes, true])
     labels = objects = torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device)
     if len(true):
         overlap, objects = box_iou(true, boxes).max(dim=0)
-        labels = torch.where(overlap >= least, target["labels"][objects], 0)
+        labels = torch.where(overlap >= min_iou, target["labels"][objects], 0)
     (positive,), (negative,) = sampler([labels])
     drawn = (positive | negative).nonzero()[:, 0]
     boxes, labels, objects = boxes[drawn], labels[drawn], objects[drawn]
     found, of = boxes[labels > 0], objects[labels > 0]
     shapes = boxes.new_zeros(len(found), MASK_SIDE, MASK_SIDE)
-    for n in of.unique():  # one by one: as floats the masks of a crowded image are half a gigabyte
+    for n in of.unique():  # one at a time: the masks of a crowded image in float32 are half a gigabyte
         mask = target["masks"][n][None, None].to(boxes)
         shapes[of == n] = roi_align(mask, [found[of == n]], MASK_SIDE, sampling_ratio=0, aligned=True)[:, 0]
     return boxes, labels, true[objects] if len(true) else boxes, shapes >= 0.5, drawn < given
 
 
-def _some(boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """The boxes (R, 4) that are not empty; the whole image as one if there are none, so that heads always have work."""
+def _nonempty(boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """The boxes (R, 4) that are not empty; if there are none, the whole image, so that the heads always get a box."""
     boxes = boxes[remove_small_boxes(boxes, min_size=1e-2)]
     return boxes if len(boxes) else boxes.new_tensor([[0, 0, size[1], size[0]]])
 
 
-def _best(boxes: Tensor, scores: Tensor) -> dict[str, Tensor]:
-    """The detections among boxes (R, 4) with scores (R, K)."""
-    box, label = (scores > LEAST_SCORE).nonzero(as_tuple=True)
+def _select(boxes: Tensor, scores: Tensor, most: int) -> dict[str, Tensor]:
+    """The detections, at most ``most``, among boxes (R, 4) with scores (R, K)."""
+    box, label = (scores > MIN_SCORE).nonzero(as_tuple=True)
     boxes, scores, labels = boxes[box], scores[box, label], label + 1
     keep = remove_small_boxes(boxes, min_size=1e-2)
-    keep = keep[batched_nms(boxes[keep], scores[keep], labels[keep], OVERLAP)[:MOST]]
+    keep = keep[batched_nms(boxes[keep], scores[keep], labels[keep], OVERLAP)[:most]]
     return {"boxes": boxes[keep], "scores": scores[keep], "labels": labels[keep]}
-
-
-def _wide(x: Tensor) -> Tensor:
-    """In float32 at least, whatever precision the layers before ran in."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,16 +1,21 @@
 """Cascade Mask R-CNN on COCO: the paper's Table 2."""
 
+import itertools
+import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from pycocotools import mask as coco_mask
 from torch import nn
+from torchvision.ops import box_convert
 
 from ..datasets.check import Problem
 from ..datasets.coco import COCOInstances, average_precision, category_names, find_problems
 from ..errors import InputError
-from ..recipes.schema import COCORecipe
+from ..recipes.schema import COCOBoxesRecipe, COCORecipe
+from .registry import Known, too_many_objects
 
 METRIC = "box_ap"
 
@@ -51,49 +56,55 @@ def model(recipe: COCORecipe, backbone: nn.Module, num_classes: int) -> nn.Modul
         head_channels=recipe.head_channels,
         samples=recipe.samples,
         proposals=recipe.proposals,
+        detections=recipe.detections,
     )
 
 
 def record(prediction: dict, target: dict) -> list[dict]:
-    """One image's detections in COCO's result format, save that ``category_id`` is still the label, 1..K.
+    """One image's detections as :func:`results` gives them; ``category_id`` is still the label, 1..K."""
+    return results(prediction, target["image_id"])
+
+
+def results(prediction: dict, image_id: int | str, category_ids: Sequence[int] | None = None) -> list[dict]:
+    """One image's detections in COCO's results format.
 
     Args:
-        prediction: ``boxes`` (N, 4), ``scores`` (N,), ``labels`` (N,) and ``masks``, bool (N, H, W), on the CPU.
-        target: With ``image_id``.
+        prediction: ``boxes`` (N, 4), ``scores`` (N,), ``labels`` (N,) and, where the model has them, ``masks``, bool
+            (N, H, W), on the CPU. Boxes become ``x, y, width, height`` and masks run lengths.
+        image_id: What the dataset calls the image.
+        category_ids: The dataset's numbers of the labels 1..K; 1..K without.
     """
-    boxes, scores, labels = (np.asarray(prediction[key], float) for key in ("boxes", "scores", "labels"))
-    masks = np.asarray(prediction["masks"]).astype(np.uint8)
-    # pycocotools reads down the columns first.
-    runs = coco_mask.encode(np.asfortranarray(masks.transpose(1, 2, 0))) if len(masks) else []
-    return [
-        {
-            "image_id": target["image_id"],
-            "category_id": int(label),
-            "bbox": [x1, y1, x2 - x1, y2 - y1],
-            "score": score,
-            "segmentation": {"size": rle["size"], "counts": rle["counts"].decode()},
-        }
-        for (x1, y1, x2, y2), score, label, rle in zip(
-            boxes.reshape(-1, 4).tolist(), scores.tolist(), labels.tolist(), runs, strict=True
-        )
-    ]
+    labels = prediction["labels"].tolist()
+    columns = {
+        "category_id": labels if category_ids is None else [int(category_ids[label - 1]) for label in labels],
+        "bbox": box_convert(prediction["boxes"].double(), "xyxy", "xywh").tolist(),
+        "score": prediction["scores"].tolist(),
+    }
+    if "masks" in prediction:
+        masks = prediction["masks"].permute(1, 2, 0).numpy().astype(np.uint8)
+        masks = np.asfortranarray(masks)  # pycocotools reads down the columns first
+        columns["segmentation"] = [{**rle, "counts": rle["counts"].decode()} for rle in coco_mask.encode(masks)]
+    rows = zip(*columns.values(), strict=True)
+    return [{"image_id": image_id, **dict(zip(columns, row, strict=True))} for row in rows]
 
 
-def summary(records: list[list[dict]], dataset: COCOInstances) -> dict:
+def summary(records: list[list[dict]], dataset: COCOInstances, kinds: Sequence[str] = ("bbox", "segm")) -> dict:
     """COCO's AP of boxes and masks: over all overlaps, at .5 and .75, by size, and of boxes by class."""
-    results = [
+    found = [
         {**result, "category_id": dataset.category_ids[result["category_id"] - 1]}
         for image in records
         for result in image
     ]
-    box, mask = (average_precision(dataset, results, kind) for kind in ("bbox", "segm"))
-    by_class = box.pop("by_class")
-    del mask["by_class"]
-    numbers = {f"{name}_{key}": value for name, ap in (("box", box), ("mask", mask)) for key, value in ap.items()}
-    return {**numbers, "by_class": by_class}
+    numbers: dict = {}
+    for kind in kinds:
+        ap = average_precision(dataset, found, kind)
+        by_class = ap.pop("by_class")
+        numbers |= {f"{'box' if kind == 'bbox' else 'mask'}_{key}": value for key, value in ap.items()}
+        numbers.setdefault("by_class", by_class)
+    return {**numbers, "by_class": numbers.pop("by_class")}
 
 
-def check(recipe: COCORecipe, root: Path, split: str) -> list[Problem]:
+def check(recipe: COCORecipe | COCOBoxesRecipe, root: Path, split: str) -> list[Problem]:
     """Everything that is wrong with the files of a split; its classes have to be those of the training split."""
     classes = recipe.classes
     if classes is None and split != recipe.train_split:
@@ -101,4 +112,83 @@ def check(recipe: COCORecipe, root: Path, split: str) -> list[Problem]:
             classes = category_names(root, recipe.train_split, recipe.annotations)
         except InputError:  # the training split's own check says what is wrong there
             classes = None
-    return find_problems(root, split, images=recipe.images, annotations=recipe.annotations, classes=classes)
+    problems = find_problems(root, split, images=recipe.images, annotations=recipe.annotations, classes=classes)
+    path = Path(root) / recipe.annotations.replace("{split}", split)
+    if not any(problem.fatal for problem in problems):
+        content = _content(path)
+        names = {image["id"]: image["file_name"] for image in content["images"]}
+        counts = Counter(names[thing["image_id"]] for thing in content["annotations"] if not thing.get("iscrowd"))
+        problems += too_many_objects(counts, recipe.detections)
+    return problems
+
+
+def known_images(
+    recipe: COCORecipe | COCOBoxesRecipe, root: Path | None, paths: Sequence[Path], annotations: Path | None = None
+) -> dict[Path, Known]:
+    """What annotation files say of images.
+
+    Args:
+        recipe: Says where the run's own annotation files are.
+        root: The run's dataset; None if nobody knows.
+        paths: Image files.
+        annotations: A file that has to know all of them, by their names. Without: those of the run's evaluation and
+            training split, for images that lie where these splits have them.
+
+    Raises:
+        InputError: If ``annotations`` cannot be used, or does not know an image.
+    """
+    if annotations is not None:
+        entries = _image_entries(annotations)
+        by_name = {Path(name).name: known for name, known in entries.items()}
+        known = {path: _by_end(entries, path) or by_name.get(path.name) for path in paths}
+        if missing := [path for path, found in known.items() if found is None]:
+            raise InputError(
+                f"'{annotations}' has no entry for {len(missing)} of {len(paths)} images, first '{missing[0]}': leave "
+                "them out, or go without --annotations."
+            )
+        return known
+    known = {}
+    for split in (recipe.eval_split, recipe.train_split) if root else ():
+        folder = (root / recipe.images.replace("{split}", split)).resolve()
+        file = root / recipe.annotations.replace("{split}", split)
+        places = {path: path.parent.resolve() / path.name for path in paths if path not in known}
+        inside = {path: place for path, place in places.items() if place.is_relative_to(folder)}
+        if inside and file.is_file():
+            entries = _image_entries(file)
+            names = {path: place.relative_to(folder).as_posix() for path, place in inside.items()}
+            known |= {path: entries[name] for path, name in names.items() if name in entries}
+    return known
+
+
+def category_ids(annotations: Path, classes: Sequence[str]) -> list[int]:
+    """The numbers that an annotation file gives classes; one that it does not have gets a new number."""
+    ids = {category["name"]: category["id"] for category in _content(annotations)["categories"]}
+    new = itertools.count(max(ids.values(), default=0) + 1)
+    return [ids[name] if name in ids else next(new) for name in classes]
+
+
+def _by_end(entries: dict[str, Known], path: Path) -> Known | None:
+    """The entry whose name, folders included, the path ends in; the longest one."""
+    parts = path.absolute().parts
+    return next((entries[end] for n in range(len(parts)) if (end := "/".join(parts[n:])) in entries), None)
+
+
+def _image_entries(path: Path) -> dict[str, Known]:
+    """The images of an annotation file by their ``file_name``."""
+    try:
+        return {
+            image["file_name"]: Known(image["id"], (int(image["width"]), int(image["height"])))
+            for image in _content(path)["images"]
+        }
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"'{path}' has an image without id, file_name, width or height ({error}): add it.") from None
+
+
+def _content(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, OSError) as error:
+        raise InputError(f"'{path}' cannot be read as JSON ({error}): give a COCO annotation file.") from None
+    if not isinstance(content, dict) or not all(isinstance(content.get(key), list) for key in ("images", "categories")):
+        raise InputError(f"'{path}' has no lists of images and categories: give a COCO annotation file.")
+    return content

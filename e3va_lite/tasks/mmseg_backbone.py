@@ -1,4 +1,4 @@
-"""Importing this module makes the backbones of this package known to mmsegmentation, for people's own configurations:
+"""Importing this module registers the backbones of this package with mmsegmentation, for configurations of its own:
 
     custom_imports = dict(imports=["e3va_lite.tasks.mmseg_backbone"])
     model = dict(
@@ -22,16 +22,16 @@ from torch import Tensor, nn
 
 from ..datasets.mmseg import import_mmseg
 from ..methods.registry import build_backbone
-from .retinanet import check_maps
+from .detection import check_maps
 
 mmseg = import_mmseg()
 
 
 class Body(nn.Module):
-    """What a segmenter has as its backbone: ``body``, any backbone of NCHW maps, whose maps are checked.
+    """The backbone of a segmenter: ``body``, any backbone that returns NCHW maps, which are checked.
 
-    It has no ``init_weights``, mmengine's name for a method that would overwrite loaded weights; timm's Swin further
-    down has one, which mmengine does not see through this module.
+    This module has no ``init_weights``, the method by which mmengine would overwrite loaded weights, and hides the one
+    that timm's Swin has.
     """
 
     def __init__(self, backbone: nn.Module) -> None:

@@ -1,11 +1,11 @@
 """UPerNet ("Unified Perceptual Parsing for Scene Understanding", Xiao et al. 2018) on any backbone: mmsegmentation's.
 
 The settings are those of the public stand-in for the paper's missing appendix: UPerHead with pools of 1, 2, 3 and 6 on
-all maps, an auxiliary FCN head of one convolution and 256 channels on stage 3 at weight .4, dropout .1, and the whole
-image at once when predicting. A loss is the mean over all pixels, void ones included, which count as zero: that is
+all maps, an auxiliary FCN head of one convolution and 256 channels on stage 3 with weight .4, dropout .1, and
+prediction on whole images. A loss is the mean over all pixels, including void ones, which count as zero: this is
 mmsegmentation's default.
 
-Where we depart from mmsegmentation, a small class below says so.
+Where this departs from mmsegmentation, a small class below says so.
 """
 
 import warnings
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from ..backbones.swin import MIN_SIZE
 from ..datasets.ade20k import VOID
 from ..errors import InputError
+from .detection import IMAGE_MEAN, IMAGE_STD, at_least_float32
 from .mmseg_backbone import Body, mmseg
-from .retinanet import IMAGE_MEAN, IMAGE_STD
 
 
 def build_upernet(
@@ -34,10 +34,11 @@ def build_upernet(
     Images are a list of float tensors (3, H, W) in 0..1; they are normalised inside. Targets are a list of dicts with
     ``mask``, int64 (H, W): 0..K-1, and 255 for pixels that are no class.
 
-    - In train mode ``model(images, targets)`` returns the two losses, ``decode`` and ``auxiliary``. Images are taken as
-      they are, and smaller ones padded to the largest of the batch.
+    - In train mode ``model(images, targets)`` returns the two losses, ``decode`` and ``auxiliary``. Images are not
+      resized; smaller ones are padded to the largest of the batch.
     - In eval mode ``model(images)`` returns per image a dict of ``mask``, int64 (H, W), 0..K-1, in pixels of the image
-      as given. Inside, an image is resized to fit ``scale``, and its logits back.
+      as given. Inside, an image is resized to fit ``scale``, and its logits are
+      resized back.
 
     ``model.backbone.body`` is the backbone, ``model.decode_head`` and ``model.auxiliary_head`` are the heads.
 
@@ -45,15 +46,14 @@ def build_upernet(
         backbone: Returns a list of NCHW maps and has ``out_channels`` and ``strides``, a list of integers each.
         num_classes: K, 2 or more.
         head_channels: Width of UPerHead, 512 in the paper's setting. The auxiliary head has 256 at most.
-        scale: Long and short side in pixels that an image is fitted into when predicting, keeping its ratio.
-        class_weights: What a pixel of each class counts in the losses, which are then means over the pixels that are
-            a class.
+        scale: Long and short side in pixels into which an image is fitted for prediction, keeping its aspect ratio.
+        class_weights: Weight of a pixel of each class in the losses, which are then means over all pixels but void.
 
     Raises:
         InputError: For a number or size that cannot work.
     """
     if num_classes < 2:
-        raise InputError(f"num_classes is {num_classes}: to tell classes apart takes two at least.")
+        raise InputError(f"num_classes is {num_classes}: a segmenter needs at least two classes.")
     if len(scale) != 2 or min(scale) < MIN_SIZE:
         raise InputError(f"scale={list(scale)} cannot work: give a long and a short side of {MIN_SIZE} or more.")
     if class_weights is not None and len(class_weights) != num_classes:
@@ -62,16 +62,16 @@ def build_upernet(
     third = backbone.strides.index(16) if 16 in backbone.strides else len(backbone.strides) - 1
     common = {
         "num_classes": num_classes,
-        "out_channels": num_classes,  # without, mmsegmentation advises against two classes
+        "out_channels": num_classes,  # otherwise, mmsegmentation warns about two classes
         "dropout_ratio": 0.1,
         "norm_cfg": {"type": "BN"},
         "align_corners": False,
     }
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"mmseg\.")  # that it is old itself, and of what the mean is
+        warnings.filterwarnings("ignore", module=r"mmseg\.")  # deprecations, and what the mean is taken over
         model = _UPerNet(
             scale,
-            backbone={"type": lambda: Body(backbone)},  # a registry takes a function, and so what exists already
+            backbone={"type": lambda: Body(backbone)},  # the registry calls it, and so takes a module that exists
             decode_head={
                 "type": _UPerHead,
                 "in_channels": backbone.out_channels,
@@ -92,14 +92,14 @@ def build_upernet(
                 **common,
             },
         )
-    for head in (model.decode_head, model.auxiliary_head):  # what mmengine's init_weights would change
+    for head in (model.decode_head, model.auxiliary_head):  # as mmengine's init_weights would
         nn.init.normal_(head.conv_seg.weight, std=0.01)
         nn.init.zeros_(head.conv_seg.bias)
     return model
 
 
 class _Weighted(nn.Module):
-    """The mean over all pixels that are a class, each with its class's weight: mmsegmentation's stumbles over void."""
+    """The mean over all pixels but void, weighted by class; mmsegmentation's own fails with class weights and void."""
 
     loss_name = "loss_ce"
 
@@ -122,14 +122,18 @@ class _UPerNet(mmseg.models.segmentors.EncoderDecoder):
     def forward(self, images: list[Tensor], targets: list[dict] | None = None) -> dict[str, Tensor] | list[dict]:
         if not self.training:
             return [{"mask": self._labels(image)} for image in images]
-        # The map that is pooled to a single place has one value per channel and image. A single image's have no
-        # variance: its norm takes the running statistics then.
-        if len(images) == 1:
-            self.decode_head.psp_modules[0].eval()
         height, width = (max(sides) for sides in zip(*(image.shape[-2:] for image in images), strict=True))
         batch = torch.stack([_padded(_normalised(image), height, width) for image in images])
         labels = torch.stack([_padded(target["mask"], height, width, VOID) for target in targets])
-        losses = self.loss(batch, labels)
+        # The map that is pooled to a single place has one value per channel and image. A single image's have no
+        # variance: for this batch its norm takes the running statistics.
+        pool = self.decode_head.psp_modules[0]
+        was_training = pool.training
+        pool.train(was_training and len(images) > 1)
+        try:
+            losses = self.loss(batch, labels)
+        finally:
+            pool.train(was_training)
         return {"decode": losses["decode.loss_ce"], "auxiliary": losses["aux.loss_ce"]}
 
     def _labels(self, image: Tensor) -> Tensor:
@@ -139,24 +143,23 @@ class _UPerNet(mmseg.models.segmentors.EncoderDecoder):
         factor = min(max(self.scale) / max(height, width), min(self.scale) / min(height, width))
         rows, columns = (int(side * factor + 0.5) for side in (height, width))
         resized = F.interpolate(image[None], (rows, columns), mode="bilinear", align_corners=False)[0]
-        # A very long image is less than Swin's least on its short side.
+        # The short side of a very long image can be below Swin's minimum.
         batch = _padded(_normalised(resized), max(rows, MIN_SIZE), max(columns, MIN_SIZE))[None]
         logits = self.encode_decode(batch, [{"img_shape": batch.shape[-2:]}])[..., :rows, :columns]
         return F.interpolate(logits, (height, width), mode="bilinear", align_corners=False)[0].argmax(0)
 
 
 class _Head:
-    """In front of a head of mmsegmentation's: logits and loss in float32 at least, and nothing but the loss.
+    """Mixin for mmsegmentation's heads: logits and loss in float32 at least, and no accuracy.
 
-    mmsegmentation adds the batch's accuracy, for which it sorts the logits of every pixel.
+    mmsegmentation also computes the accuracy on the batch, for which it sorts the logits of every pixel.
     """
 
     def forward(self, maps: list[Tensor]) -> Tensor:
-        logits = super().forward(maps)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return at_least_float32(super().forward(maps))
 
     def loss_by_feat(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Logits (B, K, h, w) and labels (B, H, W), which go where mmsegmentation has its data samples."""
+        """Logits (B, K, h, w) and labels (B, H, W), in the place of mmsegmentation's data samples."""
         logits = F.interpolate(logits, labels.shape[-2:], mode="bilinear", align_corners=self.align_corners)
         return {"loss_ce": self.loss_decode(logits, labels, ignore_index=self.ignore_index)}
 
@@ -175,5 +178,5 @@ def _normalised(image: Tensor) -> Tensor:
 
 
 def _padded(x: Tensor, height: int, width: int, value: float = 0) -> Tensor:
-    """(..., h, w) -> (..., height, width), filled up on the right and below."""
+    """(..., h, w) -> (..., height, width), padded on the right and below."""
     return F.pad(x, (0, width - x.shape[-1], 0, height - x.shape[-2]), value=value)

@@ -1,17 +1,24 @@
 """RetinaNet on Pascal VOC: the paper's Table 1, detection half."""
 
+import contextlib
 import math
+import warnings
+import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ..datasets.check import Problem
+from ..datasets.check import UNREADABLE, Problem
 from ..datasets.voc import VOCDetection, class_names, find_problems
 from ..errors import InputError
-from ..recipes.schema import VOCRecipe
+from ..recipes.schema import COCOBoxesRecipe, VOCRecipe
+from .coco import known_images as coco_known_images
+from .registry import Known, too_many_objects
 from .retinanet import build_retinanet
 from .voc_metric import average_precision
 
@@ -45,13 +52,13 @@ class _Training(Dataset):
 
 
 def _clear(target: dict) -> dict:
-    """Without the ``difficult`` objects: the metric does not ask for them, and training does not teach them."""
+    """Leave out the ``difficult`` objects: the metric does not count them, and they are not trained on."""
     keep = ~target["difficult"]
     return {**target, **{key: target[key][keep] for key in ("boxes", "labels", "difficult")}}
 
 
 def mirror(image: Tensor, target: dict) -> tuple[Tensor, dict]:
-    """Left and right exchanged: image (3, H, W) and boxes (N, 4)."""
+    """Flip an image (3, H, W) and its boxes (N, 4) horizontally."""
     width = image.shape[-1]
     boxes = target["boxes"]
     return image.flip(-1), {
@@ -60,7 +67,7 @@ def mirror(image: Tensor, target: dict) -> tuple[Tensor, dict]:
     }
 
 
-def model(recipe: VOCRecipe, backbone: nn.Module, num_classes: int) -> nn.Module:
+def model(recipe: VOCRecipe | COCOBoxesRecipe, backbone: nn.Module, num_classes: int) -> nn.Module:
     """The recipe's detector on a backbone."""
     return build_retinanet(
         backbone,
@@ -69,17 +76,22 @@ def model(recipe: VOCRecipe, backbone: nn.Module, num_classes: int) -> nn.Module
         max_size=recipe.max_size,
         fpn_channels=recipe.fpn_channels,
         anchor_base=recipe.anchor_base,
+        detections=recipe.detections,
     )
 
 
 def record(prediction: dict, target: dict) -> tuple[dict, dict]:
-    """One image's detections and truth, as :func:`e3va_lite.tasks.voc_metric.average_precision` wants them."""
-    detections = {key: prediction[key].cpu() for key in ("boxes", "scores", "labels")}
-    return detections, {key: target[key] for key in ("boxes", "labels", "difficult")}
+    """One image's detections and ground truth, as :func:`e3va_lite.tasks.voc_metric.average_precision` takes them.
+
+    They are copied into arrays: a tensor that a worker process of a loader sent holds a file descriptor as long as it
+    lives, and a process may have only so many.
+    """
+    detections = {key: np.array(torch.as_tensor(prediction[key]).cpu()) for key in ("boxes", "scores", "labels")}
+    return detections, {key: np.array(target[key]) for key in ("boxes", "labels", "difficult")}
 
 
 def summary(records: list[tuple[dict, dict]], dataset: VOCDetection) -> dict:
-    """AP at IoU .5 over eleven and over all points; None for a class that the split does not show."""
+    """AP at IoU .5 over eleven and over all points; None for a class without objects in the split."""
     ap = average_precision([p for p, _ in records], [t for _, t in records], len(dataset.classes))
 
     def by_class(values) -> dict:
@@ -105,4 +117,35 @@ def check(recipe: VOCRecipe, root: Path, split: str) -> list[Problem]:
             classes = class_names(root, recipe.train_split)
         except InputError:  # the training split's own check says what is wrong there
             classes = None
-    return find_problems(root, split, classes)
+    problems = find_problems(root, split, classes)
+    if not any(problem.fatal for problem in problems):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what they would say is among the problems
+            data = dataset(recipe, root, split, classes)
+        targets = map(data.target, range(len(data)))
+        problems += too_many_objects({t["file"]: len(t["boxes"]) for t in targets}, recipe.detections)
+    return problems
+
+
+def known_images(
+    recipe: VOCRecipe, root: Path | None, paths: Sequence[Path], annotations: Path | None = None
+) -> dict[Path, Known]:
+    """The images of a VOC-shaped folder, so that EXIF's orientation is applied where evaluation applies it.
+
+    Args:
+        recipe: Not needed.
+        root: Not needed.
+        paths: Image files.
+        annotations: COCO's, see :func:`e3va_lite.tasks.coco.known_images`.
+    """
+    if annotations is not None:
+        return coco_known_images(recipe, root, paths, annotations)
+    known = {}
+    for path in paths:
+        xml = path.parent.parent / "Annotations" / f"{path.stem}.xml"
+        if xml.is_file():
+            with contextlib.suppress(*UNREADABLE, ET.ParseError), Image.open(path) as image:
+                told = tuple(ET.parse(xml).getroot().findtext(f"size/{side}") for side in ("width", "height"))
+                turned = told == tuple(map(str, image.size[::-1]))
+                known[path] = Known(None, image.size[::-1] if turned else image.size)
+    return known

@@ -1,8 +1,13 @@
 """Average precision as Pascal VOC defines it ("The PASCAL VOC Challenge", Everingham et al. 2010, section 4.2).
 
-Read from the bottom up: match the detections of one class in one image, pool all images by falling score, turn the
-pooled verdicts into a precision-recall curve, and take the area under it: at eleven recalls (VOC2007, the paper's
-metric) or at all of them (VOC2010 and later).
+The steps, from the bottom of the file up: match the detections of one class in one image, pool all images by
+decreasing score, compute the precision-recall curve, and take the area under it: at eleven recalls (VOC2007, the
+paper's metric) or at all of them (VOC2010 and later).
+
+The eleven recalls are compared with the floating-point numbers 0.1 * k, k = 0..10, as Detectron2 and mmdet do. For
+k = 3, 6 and 7 this number is one bit above k / 10, so a recall of exactly 3/10, 6/10 or 7/10 does not reach its own
+point. Comparing whole numbers would follow the definition more closely and give slightly higher values for such
+classes; but the metric exists for comparison with published results, and these come from the usual implementations.
 
 Boxes are continuous ``x1, y1, x2, y2`` in pixels, half-open: a VOC file's ``xmin, ymin, xmax, ymax`` (whole pixels,
 counted from 1, the last one included) becomes ``xmin - 1, ymin - 1, xmax, ymax``. The ordinary area of such a box,
@@ -16,15 +21,15 @@ import numpy as np
 
 from ..errors import InputError
 
-FALSE, TRUE, IGNORED = 0, 1, 2  # what a detection turns out to be
+FALSE, TRUE, IGNORED = 0, 1, 2  # verdicts on a detection
 
 
 @dataclass(frozen=True)
 class AveragePrecision:
     """One value per class, in the order of the labels 1..K, and the mean over the classes that can be measured.
 
-    A class without ground truth (or with ``difficult`` boxes only) has no recall: its values are nan, and the means
-    leave it out, whatever was detected. Without any measurable class the means are nan too.
+    A class without ground truth (or with ``difficult`` boxes only) has no recall: its values are nan, and it is left
+    out of the means, whatever was detected. Without any measurable class the means are nan, too.
     """
 
     eleven_point: np.ndarray  # (K,)
@@ -52,7 +57,7 @@ def average_precision(
         targets: Per image, in the same order, a dict of ``boxes`` (M, 4), ``labels`` (M,) and, where the dataset has
             it, ``difficult`` (M,) booleans.
         num_classes: K, the number of classes without background.
-        iou: Overlap from which on (inclusive, as in the devkit) a detection has found a box.
+        iou: Minimum overlap (inclusive, as in the devkit) with which a detection has found a box.
 
     Raises:
         InputError: If the two lists differ in length, arrays of one image do, or a label is not in 1..K.
@@ -79,10 +84,8 @@ def _eleven_point(found: np.ndarray, positives: int) -> float:
     """The mean of the best precision at recall 0, 0.1, ... 1 or beyond; 0 where that recall is never reached."""
     if not positives:
         return np.nan
-    hits = np.cumsum(found)
-    _, precision = _curve(found, positives)
-    # In whole numbers, because 3/10 < 0.1 * 3 in floating point and a recall of exactly 0.3 would be missed.
-    return float(np.mean([precision[10 * hits >= tenth * positives].max(initial=0.0) for tenth in range(11)]))
+    recall, precision = _curve(found, positives)
+    return float(np.mean([precision[recall >= 0.1 * k].max(initial=0.0) for k in range(11)]))
 
 
 def _all_point(found: np.ndarray, positives: int) -> float:
@@ -117,10 +120,10 @@ def _pool(predictions: list[dict], targets: list[dict], label: int, iou: float) 
 
 
 def _match(boxes: np.ndarray, truth: np.ndarray, difficult: np.ndarray, iou: float) -> np.ndarray:
-    """What each detection of one class in one image is, for boxes (N, 4) with the best score first and truth (M, 4).
+    """The verdict (N,) on each detection of one class in one image: boxes (N, 4), best score first, and truth (M, 4).
 
-    As the devkit has it, a detection stands for the box that it overlaps most, even if that one is already taken: it
-    never falls back to the second best.
+    As in the devkit, a detection is compared only with the box that it overlaps most, even if that one was already
+    found by another detection.
     """
     verdicts = np.full(len(boxes), FALSE)
     if not len(truth):
@@ -135,7 +138,7 @@ def _match(boxes: np.ndarray, truth: np.ndarray, difficult: np.ndarray, iou: flo
             verdicts[n] = IGNORED  # neither asked for nor wrong
         elif best not in taken:
             verdicts[n] = TRUE
-            taken.add(best)  # whoever comes later is a duplicate, and false
+            taken.add(best)  # later detections of this box are duplicates, and false
     return verdicts
 
 

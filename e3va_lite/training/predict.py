@@ -5,46 +5,39 @@
     OUT/results.json                  objects, as COCO's tools take them
     OUT/comp4_det_test_CLASS.txt      boxes, as VOC's devkit takes them
     OUT/masks/NAME.png                label maps, as the masks of the dataset are
+    OUT/left_out.txt                  images that could not be used, where there are any
 
 The files hold all that the model returned, since metrics need it; a picture shows what scores at least the threshold.
-Read from ``predict`` down. What is drawn is in the second half.
 """
 
 import io
-import itertools
 import json
+import os
 import re
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
-from contourpy import contour_generator
-from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
-from pycocotools import mask as coco_mask
+from PIL import Image, ImageOps
 from torch import Tensor, nn
-from torchvision.ops import box_convert
 from tqdm import tqdm
 
 from ..datasets.check import SMALLEST, UNREADABLE
 from ..errors import InputError, unknown
-from ..tasks.registry import NAMES
-from .sampling import on
+from ..tasks.coco import results as coco_results
+from ..tasks.registry import NAMES, Known, predict_image
+from .pictures import palette, picture
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")  # of the images in a folder, in any case
-FORBIDDEN = re.compile(r"[/\\]")  # in the name of a file, not in that of a class
-SIDE = 640  # pixels that the long side of a picture has at least: names on a smaller one are hard to read
-MASK, REGION = 0.35, 0.6  # opacity of an object's mask, and of a label map
+FORBIDDEN = re.compile(r'[<>:"/\\|?*\x00-\x1f]')  # in the names of files, on Windows
+RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # devices there, whatever the suffix
+LONGEST = 200  # bytes of a name; file systems take 255, prefix and suffix included
 VOID = 255  # never a class in a mask
-FIRST = ["#ff8f1f", "#2e86f0", "#35b44a", "#f0529c", "#ffd23f", "#8d5cf6", "#1fc3d0", "#e63946", "#a8d93a", "#b9794a"]
-TO_CONES = ((0.4122, 0.5363, 0.0514), (0.2119, 0.6807, 0.1074), (0.0883, 0.2817, 0.6300))  # Oklab, from linear RGB
-TO_LAB = ((0.2105, 0.7936, -0.0041), (1.9780, -2.4286, 0.4506), (0.0259, 0.7828, -0.8087))
 
 
-@torch.inference_mode()
 def predict(
     model: nn.Module,
     paths: Sequence[Path | str],
@@ -56,61 +49,92 @@ def predict(
     threshold: float = 0.5,
     device: torch.device | str = "cpu",
     overwrite: bool = False,
+    *,
+    known: Mapping[Path, Known] | None = None,
+    precision: str = "float32",
+    skip_bad: bool = False,
 ) -> int:
     """Run a model on images, one by one, and write pictures and files into the folder ``out``.
 
-    An image is called by its name without suffix; in ``results.json`` by a number where the name is one, as COCO's
-    are. All coordinates refer to the upright image, see :func:`load_image`.
+    An image is called by its name without suffix; in ``results.json`` by the id in ``known``, else by a number where
+    the name is one, as COCO's are. All coordinates refer to the upright image, see :func:`load_image`.
+
+    Every image is read to its end before the first prediction. If something fails later, or the user interrupts, the
+    files are written with what was predicted until then.
 
     Args:
         model: Takes and returns what ``e3va_lite.tasks.registry`` says; boxes are ``x1, y1, x2, y2``, half-open.
         paths: Files, or folders of images.
         out: A new or empty folder.
-        task: ``voc`` (boxes), ``coco`` (boxes and masks) or ``ade20k`` (label maps).
+        task: ``voc`` (boxes), ``coco`` (boxes and masks), ``coco-boxes`` (boxes) or ``ade20k`` (label maps).
         classes: K names: of the labels 1..K, or of a label map's values 0..K-1.
         category_ids: K numbers of the classes in ``results.json``; 1..K without.
         ignore: Value that is no class in the dataset's masks. In a mask that is written, classes from this one on are
             moved up by one, as reading moves them down: with 0 they are 1..K, with 255 they are 0..K-1.
         threshold: Least score of what a picture shows.
         overwrite: Write into a folder that is not empty. Files of the same name are replaced, all others stay.
+        known: What a dataset says of some of the images: their ids and sizes.
+        precision: The recipe's, as in evaluation.
+        skip_bad: Leave out images that cannot be used; a warning and ``left_out.txt`` list them.
 
     Returns:
-        The number of images.
+        The number of images predicted on.
 
     Raises:
         InputError: For an unknown task, more classes than a mask of 8 bits can tell apart, a folder that cannot be
-            used, or an image that cannot; files that were written before are whole.
+            used, or an image that cannot.
     """
     if task not in NAMES:
         raise unknown("task", task, NAMES)
+    known, device = known or {}, torch.device(device)
     numbers = _numbers(task, len(classes), category_ids, ignore)
     paths, out = read_images(paths), Path(out)
-    for path in paths:  # better now than after an hour
-        with _opened(path):
-            pass
-    _prepare(out, paths, overwrite)
-    results, lines = [], {name: [] for name in classes}
+    ids = _image_ids(paths, known)
+    names = file_names(path.stem for path in paths)
+    _check_out(out, paths, names.values(), overwrite)
+    paths, bad = _readable(paths, known)  # better now than after an hour
+    if bad and not (skip_bad and paths):
+        raise InputError(f"{bad[0]} {len(bad)} of {len(ids)} images cannot be used; --skip-bad leaves such images out.")
+    _make(out)
+    results, lines, done, finished = [], {name: [] for name in classes}, 0, False
     was_training = model.training
     model.to(device).eval()
-    for path in tqdm(paths, desc="predict", unit="image"):
-        image = load_image(path)
-        prediction = on(model([image.to(device)])[0], "cpu")
-        _save(out / f"{path.stem}.png", _png(picture(image, prediction, classes, threshold)))
-        if task == "ade20k":
-            _save(out / f"masks/{path.stem}.png", _png(_index_image(prediction["mask"], numbers)))
-            continue
-        results += _coco_results(path.stem, prediction, numbers)
-        for line, label in zip(_voc_lines(path.stem, prediction), prediction["labels"].tolist(), strict=True):
-            lines[classes[label - 1]].append(line)
-    model.train(was_training)
-    if task == "voc":
-        for name, found in lines.items():
-            _save(out / f"comp4_det_test_{FORBIDDEN.sub('_', name)}.txt", "".join(found).encode())
-    if task != "ade20k":
-        _save(out / "results.json", json.dumps(results).encode())
-    names = dict(zip(numbers.tolist(), classes, strict=True))
-    _save(out / "classes.json", json.dumps(names, indent=2, ensure_ascii=False).encode())
-    return len(paths)
+    try:
+        for path in tqdm(paths, desc="predict", unit="image"):
+            try:
+                image = load_image(path, known[path].size if path in known else None)
+            except InputError as error:  # it has changed since
+                if not skip_bad:
+                    raise
+                bad.append(error)
+                continue
+            prediction = predict_image(model, image, device, precision)
+            name = f"{names[path.stem]}.png"
+            _save(out / name, _png(picture(image, prediction, classes, threshold)))
+            if task == "ade20k":
+                _save(out / "masks" / name, _png(_index_image(prediction["mask"], numbers)))
+            else:
+                results += coco_results(prediction, ids[path], numbers)
+                voc_lines = _voc_lines(path.stem, prediction)
+                for line, label in zip(voc_lines, prediction["labels"].tolist(), strict=True):
+                    lines[classes[label - 1]].append(line)
+            done += 1
+        finished = True
+    finally:
+        model.train(was_training)
+        if task == "voc":
+            for name, safe in file_names(lines).items():
+                _save(out / f"comp4_det_test_{safe}.txt", "".join(lines[name]).encode())
+        if task != "ade20k":
+            _save(out / "results.json", json.dumps(results).encode())
+        by_number = dict(zip(numbers.tolist(), classes, strict=True))
+        _save(out / "classes.json", json.dumps(by_number, indent=2, ensure_ascii=False).encode())
+        if bad:
+            _save(out / "left_out.txt", "".join(f"{error}\n" for error in bad).encode())
+            warnings.warn(f"{len(bad)} images were left out: {' '.join(map(str, bad))}", stacklevel=2)
+        if not finished:
+            warnings.warn(f"'{out}' holds the first {done} of {len(paths)} images.", stacklevel=2)
+    return done
 
 
 # Images in -----------------------------------------------------------------------------------------------------------
@@ -141,17 +165,38 @@ def read_images(paths: Sequence[Path | str]) -> list[Path]:
     return list(files.values())
 
 
-def load_image(path: Path) -> Tensor:
+def load_image(path: Path, size: tuple[int, int] | None = None) -> Tensor:
     """An image as float (3, H, W), RGB in 0..1, turned as its EXIF orientation says: a photo is upright.
 
-    The readers of datasets do not turn it, because annotations refer to the pixels as stored.
+    Args:
+        path: Of the image.
+        size: Width and height that an annotation gives the image. If they are those of the pixels as stored, boxes
+            refer to these, and the image is not turned: the readers of datasets decide likewise.
 
     Raises:
         InputError: For a file that cannot be read, an image smaller than 32 pixels or of more than 8 bits per channel.
     """
     with _opened(path) as image:
-        pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
+        upright = image if image.size == size else ImageOps.exif_transpose(image)
+        pixels = np.array(upright.convert("RGB"))
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float() / 255
+
+
+def _readable(paths: list[Path], known: Mapping[Path, Known]) -> tuple[list[Path], list[InputError]]:
+    """The images that can be read to their end, and what is wrong with the others."""
+    good, bad = [], []
+    for path in tqdm(paths, desc="check", unit="image", delay=3):
+        try:
+            with _opened(path) as image:
+                image.load()
+                size = image.size
+            if path in known and known[path].size not in (size, size[::-1]):
+                told = "x".join(map(str, known[path].size))
+                raise InputError(f"image '{path}' is {size[0]}x{size[1]}, its annotation says {told}: correct one.")
+            good.append(path)
+        except InputError as error:
+            bad.append(error)
+    return good, bad
 
 
 @contextmanager
@@ -178,26 +223,73 @@ def _image_id(stem: str) -> int | str:
     return int(stem) if stem.isascii() and stem.isdecimal() else stem
 
 
+def _image_ids(paths: list[Path], known: Mapping[Path, Known]) -> dict[Path, int | str]:
+    """What ``results.json`` calls the images."""
+    ids = {path: known[path].id if path in known else None for path in paths}
+    ids = {path: _image_id(path.stem) if number is None else number for path, number in ids.items()}
+    first: dict[int | str, Path] = {}
+    for path, number in ids.items():
+        if (other := first.setdefault(number, path)) != path:
+            raise InputError(f"'{other}' and '{path}' would both be image {number}: rename one, or predict on one.")
+    return ids
+
+
 # Files out -----------------------------------------------------------------------------------------------------------
 
 
-def _prepare(out: Path, paths: list[Path], overwrite: bool) -> None:
-    """Make the folder ``out``, unless something there could be lost."""
+def file_names(names: Iterable[str]) -> dict[str, str]:
+    """For every name one that a file can have on any system, all of them different, in any case.
+
+    A name that is fine as it is stays; in others every forbidden character becomes ``_``, and a number tells equal ones
+    apart.
+    """
+    result: dict[str, str] = {}
+    taken: set[str] = set()
+    for name in sorted(dict.fromkeys(names), key=lambda name: _allowed(name) != name):
+        safe = allowed = _allowed(name)
+        number = 1
+        while safe.casefold() in taken:
+            number += 1
+            safe = f"{allowed}_{number}"
+        taken.add(safe.casefold())
+        result[name] = safe
+    return result
+
+
+def _allowed(name: str) -> str:
+    name = FORBIDDEN.sub("_", name).encode(errors="surrogateescape")[:LONGEST].decode(errors="ignore")
+    return f"_{name}" if RESERVED.fullmatch(name) or not name.strip(" .") else name
+
+
+def _check_out(out: Path, paths: list[Path], names: Iterable[str], overwrite: bool) -> None:
+    """Raise an error if the folder ``out`` cannot be made or written to, or something there could be lost."""
     if {folder.resolve() for folder in (out, out / "masks")} & {path.parent.resolve() for path in paths}:
         raise InputError(f"'{out}' holds the images themselves: choose another --out.")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"'{out}' cannot be a folder ({error}): choose another --out.") from None
-    if not overwrite and any(out.iterdir()):
+    for folder in (out, out / "masks"):
+        there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            raise InputError(
+                f"'{folder}' cannot be a folder ('{there}' is none, or cannot be written to): choose another --out."
+            )
+    if out.exists() and not overwrite and any(out.iterdir()):
         raise InputError(f"'{out}' is not empty: choose another --out, or pass --overwrite.")
+    for file in (folder / f"{name}.png" for folder in (out, out / "masks") for name in names):
+        if file.is_dir():
+            raise InputError(f"'{file}' is a folder, where a picture is to be written: choose another --out.")
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"'{folder}' cannot be a folder ({error}): choose another --out.") from None
 
 
 def _save(path: Path, content: bytes) -> None:
     """Write a file under another name and rename it, so that under its own name there is always a whole one."""
     unfinished = path.with_name(path.name + ".tmp")
     try:
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         unfinished.write_bytes(content)
         unfinished.replace(path)
     except OSError as error:
@@ -232,150 +324,7 @@ def _index_image(mask: Tensor, numbers: np.ndarray) -> Image.Image:
     return image
 
 
-def _coco_results(stem: str, prediction: dict, numbers: np.ndarray) -> list[dict]:
-    """One image's objects in COCO's results format: boxes as ``x, y, width, height``, masks as run lengths."""
-    columns = {
-        "category_id": numbers[prediction["labels"].numpy() - 1].tolist(),
-        "bbox": box_convert(prediction["boxes"].double(), "xyxy", "xywh").tolist(),
-        "score": prediction["scores"].tolist(),
-    }
-    if "masks" in prediction:
-        encoded = coco_mask.encode(np.asfortranarray(prediction["masks"].permute(1, 2, 0).numpy().astype(np.uint8)))
-        columns["segmentation"] = [{**region, "counts": region["counts"].decode()} for region in encoded]
-    rows = zip(*columns.values(), strict=True)
-    return [{"image_id": _image_id(stem), **dict(zip(columns, row, strict=True))} for row in rows]
-
-
 def _voc_lines(stem: str, prediction: dict) -> list[str]:
     """One image's boxes as the devkit reads them: pixels count from 1, and the last one belongs to the box."""
     rows = zip(prediction["scores"].tolist(), prediction["boxes"].tolist(), strict=True)
     return [f"{stem} {score:.9g} {x1 + 1:.9g} {y1 + 1:.9g} {x2:.9g} {y2:.9g}\n" for score, (x1, y1, x2, y2) in rows]
-
-
-# Pictures ------------------------------------------------------------------------------------------------------------
-
-
-def picture(image: Tensor, prediction: dict, classes: Sequence[str], threshold: float = 0.5) -> Image.Image:
-    """An image (3, H, W) with its prediction drawn on it; a class has the same colour on every picture.
-
-    A small image is enlarged, to 640 pixels on the long side. Below a label map there is a legend.
-    """
-    height, width = image.shape[1:]
-    scale = max(1, SIDE / max(height, width))
-    canvas = Image.fromarray((255 * image + 0.5).byte().permute(1, 2, 0).numpy())
-    canvas = canvas.resize((round(scale * width), round(scale * height)), Image.Resampling.BICUBIC)
-    if "mask" in prediction:
-        return _draw_regions(canvas, prediction["mask"].numpy(), classes)
-    by_score = prediction["scores"].argsort(stable=True)
-    shown = by_score[prediction["scores"][by_score] >= threshold]
-    return _draw_objects(canvas, {name: values[shown].numpy() for name, values in prediction.items()}, classes, scale)
-
-
-def _draw_objects(canvas: Image.Image, objects: dict, classes: Sequence[str], scale: float) -> Image.Image:
-    """Objects of rising score: masks, then boxes, then names, so that a better one's lies above a worse one's."""
-    draw, line = ImageDraw.Draw(canvas), round(max(canvas.size) / 250)
-    colours = [tuple(colour) for colour in palette(len(classes))[objects["labels"] - 1].tolist()]
-    for mask, colour in zip(objects.get("masks", ()), colours, strict=False):
-        cover = Image.fromarray(mask).convert("L").resize(canvas.size, Image.Resampling.BICUBIC)
-        if (box := cover.getbbox()) is None:
-            continue
-        soft = np.asarray(cover.crop(box))
-        canvas.paste(colour, box, Image.fromarray(np.where(soft > 127, 255 * MASK, 0).astype(np.uint8)))
-        for points in contour_generator(z=np.pad(soft, 1)).lines(127.5):
-            draw.line((points + box[:2] - 1).ravel().tolist(), colour, line - 1, joint="curve")
-    edge = np.array(canvas.size)
-    # Half-open and continuous to the first and last pixel that belong to the box.
-    starts = (scale * objects["boxes"][:, :2]).round().clip(0, edge - 1)
-    ends = ((scale * objects["boxes"][:, 2:]).round() - 1).clip(starts, edge - 1)
-    boxes = np.hstack([starts, ends]).astype(int).tolist()
-    for box, colour in zip(boxes, colours, strict=True):
-        draw.rectangle(box, outline=colour, width=1 if "masks" in objects else line)
-    names = [_short(classes[label - 1]) for label in objects["labels"]]
-    names = [f"{name} {score:.2f}" for name, score in zip(names, objects["scores"], strict=True)]
-    font, tags = _font(canvas), []
-    for box, name in zip(reversed(boxes), reversed(names), strict=True):  # the best one has the first choice
-        tags.append(_place(box, name, font, canvas.size, tags))
-    for tag, colour, name in zip(reversed(tags), colours, names, strict=True):
-        draw.rectangle(tag, colour)
-        draw.text(((tag[0] + tag[2] + 1) / 2, (tag[1] + tag[3] + 1) / 2), name, _ink(colour), font, "mm")
-    return canvas
-
-
-def _place(box: list[int], name: str, font: ImageFont.FreeTypeFont, size: tuple[int, int], taken: list) -> list[int]:
-    """Where a name goes: the first place at its box, inside the picture, that hides the least of other names."""
-    width, height = round(font.getlength(name)) + font.size // 2, round(1.35 * font.size)
-    x1, y1, x2, y2 = box
-    left, right = x1, x2 + 1 - width
-    places = [(left, y1 - height), (left, y1), (left, y2 + 1), (right, y1 - height), (right, y2 + 1), (right, y1)]
-    corners = np.clip(places, 0, np.maximum(0, np.array(size) - (width, height)))
-    tags = [[int(x), int(y), int(x) + width - 1, int(y) + height - 1] for x, y in corners]
-    return min(tags, key=lambda tag: sum(_overlap(tag, other) for other in taken))
-
-
-def _overlap(a: list[int], b: list[int]) -> int:
-    """Pixels that two boxes share; their last pixels belong to them."""
-    return max(0, min(a[2], b[2]) - max(a[0], b[0]) + 1) * max(0, min(a[3], b[3]) - max(a[1], b[1]) + 1)
-
-
-def _draw_regions(canvas: Image.Image, mask: np.ndarray, classes: Sequence[str]) -> Image.Image:
-    """A label map (H, W) over the picture, and under both the names of its classes, the largest first."""
-    colours = palette(len(classes))
-    mask = np.asarray(Image.fromarray(mask.astype(np.uint8)).resize(canvas.size, Image.Resampling.NEAREST))
-    canvas = Image.blend(canvas, Image.fromarray(colours[mask]), REGION)
-    areas = np.bincount(mask.ravel(), minlength=len(classes))
-    font, names = _font(canvas), [_short(name) for name in classes]
-    row, gap, left, right = round(1.6 * font.size), font.size, font.size // 2, canvas.width
-    x, y, places = left, 0, []
-    for label in sorted(np.flatnonzero(areas), key=lambda label: -areas[label]):
-        end = x + row + round(font.getlength(names[label]))
-        if end > canvas.width and x > left:
-            x, y, end = left, y + row, end - x + left
-        places.append((label, x, canvas.height + gap // 2 + y))
-        x, right = end + gap, max(right, end)
-    whole = Image.new("RGB", (right, canvas.height + y + row + gap), "white")
-    whole.paste(canvas)
-    draw = ImageDraw.Draw(whole)
-    for label, x, y in places:
-        draw.rectangle((x, y + row // 6, x + 2 * row // 3, y + 5 * row // 6), tuple(colours[label].tolist()))
-        draw.text((x + row, y + row / 2), names[label], "black", font, "lm")
-    return whole
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= 28 else f"{name[:27]}…"
-
-
-def _font(canvas: Image.Image) -> ImageFont.FreeTypeFont:
-    """The one that comes with matplotlib: it knows more alphabets than Pillow's own."""
-    file = Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"
-    return ImageFont.truetype(file, round(max(canvas.size) / 45))
-
-
-def _ink(colour: tuple[int, int, int]) -> str:
-    """Black or white, whichever reads better on a colour."""
-    return "black" if np.dot(colour, (0.299, 0.587, 0.114)) > 130 else "white"
-
-
-@lru_cache
-def palette(number: int) -> np.ndarray:
-    """Colours for that many classes, uint8 (number, 3), to be seen on dark and on light.
-
-    However many they are, they begin with the same ones: ten chosen by eye, then each the one that is furthest from
-    all before it, in Oklab, where distances are nearly those that people see.
-    """
-    colours = [ImageColor.getrgb(colour) for colour in FIRST]
-    shades = np.array(list(itertools.product(range(0, 256, 17), repeat=3)))
-    lightness, a, b = _oklab(shades).T
-    shades = shades[(abs(lightness - 0.7) < 0.15) & (abs(np.hypot(a, b) - 0.14) < 0.07)]  # no black, white, grey, neon
-    distance = np.linalg.norm(_oklab(shades)[:, None] - _oklab(np.array(colours)), axis=2).min(axis=1)
-    while len(colours) < number:
-        colours.append(shades[distance.argmax()])
-        distance = np.minimum(distance, np.linalg.norm(_oklab(shades) - _oklab(colours[-1]), axis=1))
-    return np.array(colours[:number], np.uint8)
-
-
-def _oklab(rgb: np.ndarray) -> np.ndarray:
-    """sRGB in 0..255 (..., 3) as lightness, a and b; rounded, or the last bit would decide between equal distances."""
-    rgb = rgb / 255
-    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
-    return np.round(np.cbrt(linear @ np.array(TO_CONES).T) @ np.array(TO_LAB).T, 6)

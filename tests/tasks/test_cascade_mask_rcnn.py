@@ -10,7 +10,7 @@ from torchvision.ops import box_iou, roi_align
 
 import e3va_lite
 from e3va_lite.errors import InputError
-from e3va_lite.tasks import cascade_mask_rcnn
+from e3va_lite.tasks import cascade_mask_rcnn, region_proposals
 from e3va_lite.tasks.cascade_mask_rcnn import build_cascade_mask_rcnn, paste, pool
 
 LOSSES = {"rpn_objectness", "rpn_box"} | {f"stage{n}_{k}" for n in (1, 2, 3) for k in ("class", "box", "mask")}
@@ -88,7 +88,7 @@ def test_the_papers_detector_counted_by_hand():
     assert [sum(p.numel() for p in stage.parameters()) for stage in stages] == [box_head + outputs + mask_head] * 3
     proposals = (conv + 256) + (256 + 1) * 3 + (256 + 1) * 3 * 4
     assert sum(p.numel() for p in model.rpn.parameters()) == proposals
-    assert [(stage.least, stage.weight) for stage in stages] == [(0.5, 1), (0.6, 0.5), (0.7, 0.25)]
+    assert [(stage.min_iou, stage.weight) for stage in stages] == [(0.5, 1), (0.6, 0.5), (0.7, 0.25)]
     assert [s.coder.weights for s in stages] == [(10, 10, 5, 5), (20, 20, 10, 10), (30, 30, 15, 15)]
     assert (model.roi_heads.sampler.batch_size_per_image, model.roi_heads.sampler.positive_fraction) == (512, 0.25)
     counts = (model.rpn.train().pre_nms_top_n(), model.rpn.post_nms_top_n())
@@ -268,8 +268,8 @@ def test_where_all_boxes_vanish_the_image_itself_remains():
     losses = model([torch.rand(3, 64, 64)], [target()])
     assert all(loss.isfinite() for loss in losses.values())
     empty = torch.tensor([[5.0, 5, 5, 9]])
-    assert cascade_mask_rcnn._some(empty, (30, 40)).tolist() == [[0, 0, 40, 30]]
-    assert cascade_mask_rcnn._some(torch.cat([empty, torch.tensor([NONE])]), (64, 64)).tolist() == [list(NONE)]
+    assert cascade_mask_rcnn._nonempty(empty, (30, 40)).tolist() == [[0, 0, 40, 30]]
+    assert cascade_mask_rcnn._nonempty(torch.cat([empty, torch.tensor([NONE])]), (64, 64)).tolist() == [list(NONE)]
 
 
 # Masks in images -----------------------------------------------------------------------------------------------------
@@ -406,7 +406,8 @@ def test_images_on_several_processes_count_as_one_batch(monkeypatch):
         counts.append(float(count))
         return torch.tensor(max(float(count), 1.0))
 
-    monkeypatch.setattr(cascade_mask_rcnn, "mean_count", plain)
+    for module in (cascade_mask_rcnn, region_proposals):
+        monkeypatch.setattr(module, "mean_count", plain)
     whole = model(images, truth)
     alone = []
     for image, one in zip(images, truth, strict=True):
@@ -418,7 +419,8 @@ def test_images_on_several_processes_count_as_one_batch(monkeypatch):
     parts = []
     for image, one in zip(images, truth, strict=True):
         answers = iter(shared)
-        monkeypatch.setattr(cascade_mask_rcnn, "mean_count", lambda count, device, answers=answers: next(answers))
+        for module in (cascade_mask_rcnn, region_proposals):
+            monkeypatch.setattr(module, "mean_count", lambda count, device, answers=answers: next(answers))
         parts.append(model([image], [one]))
     for name, loss in whole.items():
         torch.testing.assert_close((parts[0][name] + parts[1][name]) / 2, loss, msg=name)

@@ -8,7 +8,8 @@ from torch import nn
 from torchvision.ops import box_iou
 
 from e3va_lite.errors import InputError
-from e3va_lite.tasks.retinanet import IMAGE_MEAN, IMAGE_STD, _Anchors, build_retinanet
+from e3va_lite.tasks.detection import IMAGE_MEAN, IMAGE_STD, Anchors
+from e3va_lite.tasks.retinanet import build_retinanet
 
 
 class Patches(nn.Module):
@@ -289,7 +290,7 @@ def test_settings_that_cannot_work_are_refused(options, words):
 def test_the_smallest_anchors_allowed_still_touch_the_last_pixel(base, covered):
     # The reason for the limit: a box that no anchor touches turns all anchors without a box into positive ones.
     model = tiny(size=128)
-    model.anchor_generator = _Anchors([8, 16, 32, 64, 128], base)
+    model.anchor_generator = Anchors([8, 16, 32, 64, 128], base)
     _, anchors = levels_and_anchors(model, [torch.rand(3, 128, 128)])
     anchors = torch.cat(anchors[0])
     overlap = box_iou(target((127, 127, 128, 128))["boxes"], anchors)

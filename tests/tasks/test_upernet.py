@@ -21,8 +21,8 @@ from e3va_lite.datasets.shapes import CLASSES, write_scenes
 from e3va_lite.errors import InputError
 from e3va_lite.recipes.schema import ADE20KRecipe, load_recipe
 from e3va_lite.tasks import ade20k
+from e3va_lite.tasks.detection import IMAGE_MEAN, IMAGE_STD
 from e3va_lite.tasks.mmseg_backbone import mmseg
-from e3va_lite.tasks.retinanet import IMAGE_MEAN, IMAGE_STD
 from e3va_lite.tasks.upernet import build_upernet
 from e3va_lite.training.engine import build_model, evaluate, fit
 from e3va_lite.training.sampling import seeded
@@ -624,16 +624,19 @@ def test_a_batch_of_nothing_but_void_has_finite_losses(device):
 
 
 def test_one_image_trains_and_then_two():
-    """The pool to a single place has no variance over one image: its norm must not ask for it."""
+    """The pool to a single place has no variance over one image: its norm must not ask for it, in that batch only."""
     model = small().train()
     images, targets = batch_of((64, 64), (64, 64))
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    for few in (1, 2):
-        model.train()
+    norm = model.decode_head.psp_modules[0][1].bn
+    for few, updates in ((1, 0), (2, 1), (1, 1), (2, 2)):
         optimizer.zero_grad()
         sum(model(images[:few], targets[:few]).values()).backward()
         assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
-        assert [m.training for m in model.decode_head.psp_modules] == [few > 1, True, True, True]
+        assert norm.num_batches_tracked == updates and all(m.training for m in model.decode_head.modules())
+    model.decode_head.psp_modules[0].eval()  # somebody's own wish
+    model(images, targets)
+    assert not norm.training and norm.num_batches_tracked == 2
 
 
 @pytest.mark.parametrize("method", ["e3va", "full", "fixed", "lora"])

@@ -63,13 +63,23 @@ def test_precision_is_the_best_at_that_recall_or_beyond():
 
 
 @pytest.mark.parametrize("hits", range(11))
-def test_a_recall_of_exactly_a_tenth_counts(hits):
-    # In floating point 0.3, 0.6 and 0.7 are missed: 3 / 10 < 3 * 0.1.
+def test_whole_tenths_are_compared_as_the_usual_implementations_do(hits):
+    """``rec >= t`` for t in np.arange(0., 1.1, 0.1): 3/10, 6/10 and 7/10 are below the point of that name."""
     predictions = [pred(*((box(n), 0.5) for n in range(hits)))]
     targets = [truth(*(box(n) for n in range(10)))]
     eleven, area = both(predictions, targets)
-    assert eleven == pytest.approx((hits + 1 if hits else 0) / 11)
+    reached = 1 + hits - (hits in (3, 6, 7)) if hits else 0
+    assert reached == (np.arange(0.0, 1.1, 0.1) <= hits / 10).sum() * (hits > 0)
+    assert eleven == pytest.approx(reached / 11)
     assert area == pytest.approx(hits / 10)
+
+
+def test_a_whole_tenth_worked_by_hand():
+    # Of 10 boxes three are found, then a miss, then the fourth: the point .3 has 4/5, and not the 1 of recall 3/10.
+    predictions = [pred(*((box(n), 0.9) for n in range(3)), (NOWHERE, 0.8), (box(3), 0.7))]
+    eleven, area = both(predictions, [truth(*(box(n) for n in range(10)))])
+    assert eleven == pytest.approx((3 * 1 + 2 * 4 / 5) / 11)
+    assert area == pytest.approx(3 / 10 * 1 + 1 / 10 * 4 / 5)
 
 
 def test_second_detection_of_a_box_is_false():
@@ -195,7 +205,7 @@ def devkit(scene, label):
         precision.append(tp / (tp + fp))
     if not positives:
         return np.nan, np.nan
-    tenths = [[p for r, p in zip(recall, precision, strict=True) if r >= t - 1e-9] for t in np.arange(11) / 10]
+    tenths = [[p for r, p in zip(recall, precision, strict=True) if r >= t] for t in np.arange(0.0, 1.1, 0.1)]
     eleven = np.mean([max(best, default=0) for best in tenths])
     steps = [0.0, *recall]
     area = sum((steps[n + 1] - steps[n]) * max(precision[n:]) for n in range(len(precision)))

@@ -3,20 +3,27 @@
 import contextlib
 import io
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import nn
 
+from e3va_lite import cli
 from e3va_lite.datasets.shapes import CLASSES, COCO_IDS, scene, write_scenes
 from e3va_lite.errors import InputError
-from e3va_lite.training.predict import load_image, palette, picture, predict, read_images
+from e3va_lite.recipes.schema import load_recipe
+from e3va_lite.tasks import voc
+from e3va_lite.tasks.registry import Known
+from e3va_lite.training.engine import build_model, evaluate
+from e3va_lite.training.predict import file_names, load_image, palette, picture, predict, read_images
 
 WIDTH, HEIGHT = 640, 400  # large enough for a picture to have the pixels of its image
 
@@ -175,10 +182,9 @@ def test_a_box_changes_its_edge_and_its_name_and_nothing_else():
     changed = drawn(objects([(100, 80, 300, 240)], (1,), (0.5,)))
     assert changed[80:240, 100].all() and changed[80:240, 299].all()  # half-open: 299 is the last column
     assert changed[80, 100:300].all() and changed[239, 100:300].all()
-    assert not changed[90:230, 110:290].any()
-    changed[80:240, 100:300] = False
-    rows, columns = np.nonzero(changed)  # the name stands on the box
-    assert rows.min() > 50 and rows.max() == 79 and columns.min() == 100 and columns.max() < 200
+    assert not changed[120:230, 110:290].any()
+    changed[80:240, 100:300] = False  # the name lies inside, at the top left
+    assert not changed.any()
 
 
 def test_threshold():
@@ -188,34 +194,32 @@ def test_threshold():
     assert drawn(found, 0.3)[240 - 1, 400:500].all()
 
 
-def test_a_mask_changes_its_pixels_and_its_outline():
+def test_a_mask_changes_its_pixels_and_no_others():
     mask = torch.zeros(1, HEIGHT, WIDTH, dtype=torch.bool)
     mask[0, 150:250, 200:400] = True
     mask[0, 180:220, 250:350] = False  # a hole
-    changed = drawn(objects([(200, 150, 400, 250)], (1,), (0.9,), mask))
+    found = objects([(200, 150, 400, 250)], (1,), (0.9,), mask)
+    changed = drawn(found)
     assert changed[mask[0].numpy()].mean() > 0.99  # what had the colour before still has it
-    near = torch.nn.functional.max_pool2d(mask.float(), 5, 1, 2)[0].bool().numpy()
-    near[130:150, 200:300] = True  # the name
-    assert not changed[~near].any()
-    black = picture(torch.zeros(3, HEIGHT, WIDTH), objects([(200, 150, 400, 250)], (1,), (0.9,), mask), ("cat", "dog"))
-    outline = (np.asarray(black) == palette(1)[0]).all(axis=-1)
-    for column in (200, 250, 350, 400):
-        assert outline[190:210, column - 2 : column + 2].sum(axis=1).min() >= 2
+    assert not changed[180:220, 255:345].any()
+    black = np.asarray(picture(torch.zeros(3, HEIGHT, WIDTH), found, ("cat", "dog")))
+    np.testing.assert_allclose(black[230, 250], 0.45 * palette(1)[0], atol=1)
     nothing = drawn(objects([(200, 150, 400, 250)], (1,), (0.9,), torch.zeros_like(mask)))
-    assert not nothing[155:245, 210:390].any()
+    assert not nothing[190:245, 210:390].any()
 
 
-def test_names_stay_inside_the_picture_and_off_each_other():
-    def coloured(*boxes):
-        found = objects(boxes, [1] * len(boxes), [0.9] * len(boxes))
-        whole = np.asarray(picture(torch.zeros(3, HEIGHT, WIDTH), found, ("elephant",)))
-        return (whole == palette(1)[0]).all(axis=-1).sum()
+def test_where_masks_overlap_the_better_one_is_seen():
+    masks = torch.ones(2, HEIGHT, WIDTH, dtype=torch.bool)
+    found = objects([(0, 0, 640, 400)] * 2, (1, 2), (0.9, 0.6), masks)
+    below = 0.45 * palette(2)[1].astype(float)
+    shown = np.asarray(picture(torch.zeros(3, HEIGHT, WIDTH), found, ("cat", "dog")))[300, 300]
+    np.testing.assert_allclose(shown, 0.55 * below + 0.45 * palette(2)[0], atol=2)
 
-    alone = coloured((300, 200, 310, 210))
-    for corner in ((0, 0, 10, 10), (630, 0, 640, 10), (0, 390, 10, 400), (630, 390, 640, 400)):
-        assert coloured(corner) > 0.9 * alone
-    assert coloured(*[(300, 200, 310, 210)] * 3) > 2.7 * alone
-    assert coloured((-50, -50, 900, 900)) > alone  # the whole edge
+
+def test_boxes_outside_the_picture_are_cut():
+    whole = np.asarray(picture(torch.zeros(3, HEIGHT, WIDTH), objects([(-50, -50, 900, 900)], (1,), (0.9,)), ("cat",)))
+    for edge in (whole[-1], whole[:, -1]):
+        assert (edge == palette(1)[0]).all()
 
 
 def test_every_object_has_its_own_name():
@@ -411,3 +415,277 @@ def test_tasks_and_classes_that_cannot_be(tmp_path):
         with pytest.raises(InputError, match="8 bits"):
             predict(Fake(objects()), [image], tmp_path / "out", "ade20k", ["cat"] * count, ignore=ignore)
     assert not (tmp_path / "out").exists()
+
+
+# What was computed is kept -------------------------------------------------------------------------------------------
+
+
+def cut_short(path):
+    """An image whose header is whole and whose pixels are not."""
+    put(path)
+    path.write_bytes(path.read_bytes()[:-200])
+    return path
+
+
+FOUND = objects([(100, 80, 300, 240)], (1,), (0.9,))
+
+
+def test_an_image_cut_short_is_found_before_the_first_prediction(tmp_path):
+    put(tmp_path / "in/a.jpg"), cut_short(tmp_path / "in/b.jpg"), put(tmp_path / "in/c.jpg")
+    model = Fake(FOUND, FOUND)
+    with pytest.raises(InputError, match=r"b.jpg' cannot be read .* 1 of 3 images .* --skip-bad"):
+        predict(model, [tmp_path / "in"], tmp_path / "out", "voc", ("cat",))
+    assert not model.seen and not (tmp_path / "out").exists()
+
+
+def test_bad_images_are_left_out_and_listed(tmp_path):
+    put(tmp_path / "in/a.jpg"), cut_short(tmp_path / "in/b.jpg"), put(tmp_path / "in/c.jpg", 31, 31)
+    put(tmp_path / "in/d.jpg")
+    out = tmp_path / "out"
+    with pytest.warns(UserWarning, match="2 images were left out") as warned:
+        assert predict(Fake(FOUND, FOUND), [tmp_path / "in"], out, "voc", ("cat",), skip_bad=True) == 2
+    assert len(warned) == 1
+    assert [r["image_id"] for r in json.loads((out / "results.json").read_text())] == ["a", "d"]
+    assert (out / "comp4_det_test_cat.txt").read_text().count("\n") == 2
+    assert re.findall(r"/(\w+).jpg", (out / "left_out.txt").read_text(encoding="utf-8")) == ["b", "c"]
+    (tmp_path / "in/a.jpg").unlink(), (tmp_path / "in/d.jpg").unlink()
+    with pytest.raises(InputError, match="2 of 2 images cannot be used"):
+        predict(Fake(), [tmp_path / "in"], tmp_path / "none", "voc", ("cat",), skip_bad=True)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, InputError, SystemExit])
+@pytest.mark.parametrize("task", ["voc", "coco", "ade20k"])
+def test_what_was_predicted_before_an_error_is_written(tmp_path, error, task):
+    class Failing(Fake):
+        def forward(self, images):
+            if len(self.seen) == 2:
+                raise error("out of memory")
+            return super().forward(images)
+
+    for name in "abc":
+        put(tmp_path / f"in/{name}.png", 64, 64)
+    found = objects([(1, 2, 30, 40)], (1,), (0.9,), torch.ones(1, 64, 64) > 0)
+    if task == "ade20k":
+        found = {"mask": torch.zeros(64, 64, dtype=torch.int64)}
+    model, out = Failing(found, found).train(), tmp_path / "out"
+    with pytest.raises(error), pytest.warns(UserWarning, match="first 2 of 3 images"):
+        predict(model, [tmp_path / "in"], out, task, ("cat",))
+    assert model.training and json.loads((out / "classes.json").read_text())
+    if task == "ade20k":
+        assert names(out / "masks") == ["a.png", "b.png"]
+    else:
+        assert [r["image_id"] for r in json.loads((out / "results.json").read_text())] == ["a", "b"]
+
+
+# Names and places ----------------------------------------------------------------------------------------------------
+
+
+def test_every_name_gets_a_file_of_its_own_that_any_system_allows():
+    given = ["a/b", "a_b", "Cat", "cat", "cat ", "x:y?", "CON", "com1.old", "..", "", "\u732b", "a\\b", "e" * 300]
+    safe = file_names(given)
+    assert list(map(safe.get, given[:8])) == ["a_b_2", "a_b", "Cat", "cat_2", "cat ", "x_y_", "_CON", "_com1.old"]
+    assert safe["\u732b"] == "\u732b" and safe["a\\b"] == "a_b_3"
+    assert len({name.casefold() for name in safe.values()}) == len(given)
+    assert not any(set(name) & set('<>:"/\\|?*') for name in safe.values())
+    assert all(0 < len(name.encode()) <= 200 for name in safe.values())
+
+
+def test_two_classes_of_one_file_name_have_a_file_each(tmp_path):
+    found = objects([(1, 2, 30, 40), (5, 6, 20, 20), (7, 8, 20, 20)], (1, 2, 3), (0.9, 0.8, 0.7))
+    predict(Fake(found), [put(tmp_path / "in/a.png")], tmp_path / "out", "voc", ("a/b", "a_b", "A_b"))
+    texts = {path.name: path.read_text() for path in (tmp_path / "out").glob("*.txt")}
+    assert {name[15:-4]: float(text.split()[1]) for name, text in texts.items()} == pytest.approx(
+        {"a_b_3": 0.9, "a_b": 0.8, "A_b_2": 0.7}
+    )
+
+
+def test_an_image_whose_name_windows_forbids(tmp_path):
+    predict(Fake(FOUND), [put(tmp_path / "in/12:30?.png")], tmp_path / "out", "voc", ("cat",))
+    assert "12_30_.png" in names(tmp_path / "out")
+    assert (tmp_path / "out/comp4_det_test_cat.txt").read_text().startswith("12:30? 0.8999")
+
+
+def test_files_are_utf_8_whatever_the_locale(tmp_path, monkeypatch):
+    monkeypatch.setattr("locale.getpreferredencoding", lambda *_: "cp1252")
+    out, name = tmp_path / "out", "\u732b"
+    with pytest.warns(UserWarning, match="left out"):
+        cut_short(tmp_path / f"in/{name}.jpg")
+        predict(Fake(FOUND), [tmp_path / "in", put(tmp_path / "b.png")], out, "voc", (name,), skip_bad=True)
+    assert json.loads((out / "classes.json").read_bytes().decode("utf-8")) == {"1": name}
+    assert (out / f"comp4_det_test_{name}.txt").is_file() and name in (out / "left_out.txt").read_bytes().decode()
+
+
+@pytest.mark.parametrize("kind", ["below a file", "dangling link", "masks is a file", "a folder of that name"])
+def test_places_that_cannot_be_written_are_found_first(tmp_path, kind):
+    image, out = put(tmp_path / "in/a.png"), tmp_path / "out"
+    if kind == "below a file":
+        out = image / "out/deep"
+    elif kind == "dangling link":
+        out.symlink_to(tmp_path / "nowhere")
+    elif kind == "masks is a file":
+        out.mkdir()
+        (out / "masks").write_text("mine")
+    else:
+        (out / "a.png").mkdir(parents=True)
+    model = Fake(FOUND)
+    with pytest.raises(InputError, match=r"(cannot be a folder|is a folder).* choose another --out"):
+        predict(model, [image], out, "voc", ("cat",), overwrite=True)
+    assert not model.seen
+
+
+def test_missing_folders_are_made_and_links_followed(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    predict(Fake(FOUND), [put(tmp_path / "in/a.png")], tmp_path / "link/x/y", "voc", ("cat",))
+    assert (tmp_path / "real/x/y/results.json").is_file()
+
+
+# The same scores as evaluation, the dataset's own ids ----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sizes(tmp_path_factory):
+    """A VOC-shaped folder of images of several sizes; two are photographs that EXIF turns."""
+    root = tmp_path_factory.mktemp("sizes")
+    for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (root / folder).mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    shapes = {"1": (96, 64), "2": (64, 96), "3": (80, 80), "turned": (96, 48), "stored": (96, 48)}
+    for name, (width, height) in shapes.items():
+        exif = Image.Exif()
+        exif[0x0112] = 6 if name in ("turned", "stored") else 1
+        Image.fromarray(rng.integers(0, 255, (height, width, 3), np.uint8)).save(
+            root / f"JPEGImages/{name}.png", exif=exif
+        )
+        size = (height, width) if name == "turned" else (width, height)
+        text = "<annotation><size><width>{}</width><height>{}</height></size>{}</annotation>"
+        box = "<bndbox><xmin>9</xmin><ymin>9</ymin><xmax>40</xmax><ymax>40</ymax></bndbox>"
+        things = "".join(f"<object><name>{thing}</name>{box}</object>" for thing in ("cat", "dog"))
+        (root / f"Annotations/{name}.xml").write_text(text.format(*size, things))
+    (root / "ImageSets/Main/val.txt").write_text("\n".join(shapes))
+    return root
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_predict_finds_what_evaluation_finds(sizes, tmp_path, monkeypatch, precision):
+    settings = {"pretrained": False, "min_size": 64, "max_size": 96, "fpn_channels": 16, "batch": 1, "workers": 0}
+    recipe = load_recipe("shapes", {**settings, "precision": precision, "eval_split": "val"})
+    model = build_model(recipe, 2)
+    torch.nn.init.zeros_(model.head.classification_head.cls_logits.bias)  # else nothing scores above .05
+    seen, record = {}, voc.record
+
+    def spy(prediction, target):
+        seen[target["image_id"]] = prediction
+        return record(prediction, target)
+
+    monkeypatch.setattr(voc, "record", spy)
+    metrics = evaluate(model, voc.dataset(recipe, sizes, "val"), recipe, torch.device("cpu"))
+    paths = sorted((sizes / "JPEGImages").iterdir())
+    known = voc.known_images(recipe, sizes, paths)
+    predict(model, paths, tmp_path / "out", "voc", ("cat", "dog"), known=known, precision=precision)
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert metrics["ap50_11_point"] is not None and len(results) > 100
+    for name in ("1", "2", "3", "stored"):
+        mine = [r for r in results if str(r["image_id"]) == name]
+        assert [r["score"] for r in mine] == seen[name]["scores"].tolist()
+        corners = [[x, y, x + w, y + h] for x, y, w, h in (r["bbox"] for r in mine)]
+        np.testing.assert_allclose(corners, seen[name]["boxes"], rtol=0, atol=1e-4)
+
+
+def test_exif_turns_an_image_unless_its_annotation_has_the_size_as_stored(sizes):
+    paths = sorted((sizes / "JPEGImages").iterdir())
+    known = voc.known_images(None, None, paths)
+    assert {path.stem: known[path] for path in paths} == {
+        "1": Known(None, (96, 64)),
+        "2": Known(None, (64, 96)),
+        "3": Known(None, (80, 80)),
+        "turned": Known(None, (48, 96)),
+        "stored": Known(None, (96, 48)),
+    }
+    shapes = {path.stem: tuple(load_image(path, known[path].size).shape[1:]) for path in paths}
+    assert shapes["turned"] == (96, 48) and shapes["stored"] == (48, 96)
+
+
+def command(*arguments):
+    result = CliRunner().invoke(cli.cli, [str(a) for a in arguments])
+    if result.exception and not isinstance(result.exception, SystemExit | InputError):
+        raise result.exception
+    return result
+
+
+@pytest.fixture(scope="module")
+def coco_run(tmp_path_factory):
+    """A run on a COCO-shaped folder whose images have names that are not their ids."""
+    root = tmp_path_factory.mktemp("coco")
+    write_scenes(root / "data", "coco", train=2, val=2, seed=0, size=64)
+    for split in ("train2017", "val2017"):
+        file = root / f"data/annotations/instances_{split}.json"
+        content = json.loads(file.read_text())
+        for k, image in enumerate(content["images"]):
+            new = f"{split}_{k}.jpg"
+            (root / "data" / split / image["file_name"]).rename(root / "data" / split / new)
+            image["file_name"] = new
+        file.write_text(json.dumps(content))
+    sets = [f"{k}={v}" for k, v in {
+        "pretrained": False, "min_sizes": [64], "min_size": 64, "max_size": 64, "fpn_channels": 16, "head_channels": 16,
+        "steps": 1, "batch": 1, "proposals": 50,
+    }.items()]  # fmt: skip
+    words = [word for setting in sets for word in ("--set", setting)]
+    command("train", "coco", "--root", root / "data", "--recipe", "coco-nano", "--out", root / "run", *words)
+    return root
+
+
+def test_json_has_the_datasets_own_ids(coco_run):
+    """What loadRes takes: results of the run's own images, or of images that a given file knows."""
+    out, file = coco_run / "out", coco_run / "data/annotations/instances_val2017.json"
+    own = command("predict", coco_run / "run", coco_run / "data/val2017", "--out", out, "--json")
+    results = json.loads(own.stdout)
+    assert results == json.loads((out / "results.json").read_text()) and results
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(file)
+        truth.loadRes(str(out / "results.json"))
+    assert {r["image_id"] for r in results} == set(truth.imgs)
+    moved = coco_run / "moved"
+    (coco_run / "data/val2017").rename(moved)
+    try:
+        plain = command("predict", coco_run / "run", moved, "--out", coco_run / "plain", "--json")
+        given = command(
+            "predict", coco_run / "run", moved, "--out", coco_run / "given", "--json", "--annotations", file
+        )
+    finally:
+        moved.rename(coco_run / "data/val2017")
+    assert json.loads(given.stdout) == results
+    assert {r["image_id"] for r in json.loads(plain.stdout)} == {"val2017_0", "val2017_1"}
+
+
+def test_categories_are_those_of_the_file_that_is_given(coco_run):
+    file = coco_run / "other.json"
+    content = json.loads((coco_run / "data/annotations/instances_val2017.json").read_text())
+    for category in content["categories"]:
+        category["id"] += 1000
+    file.write_text(json.dumps(content))
+    folder = coco_run / "data/val2017"
+    given = command("predict", coco_run / "run", folder, "--out", coco_run / "ids", "--json", "--annotations", file)
+    assert {r["category_id"] for r in json.loads(given.stdout)} <= {i + 1000 for i in COCO_IDS}
+
+
+def test_a_command_with_a_bad_image_says_what_to_do(coco_run, tmp_path):
+    good, out = coco_run / "data/val2017/val2017_0.jpg", tmp_path / "out"
+    bad = tmp_path / "bad.jpg"
+    bad.write_bytes(good.read_bytes()[:-100])
+    refused = command("predict", coco_run / "run", good, bad, "--out", out)
+    assert isinstance(refused.exception, InputError) and "--skip-bad" in str(refused.exception) and not out.exists()
+    with pytest.warns(UserWarning, match=r"bad\.jpg"):
+        done = command("predict", coco_run / "run", good, bad, "--out", out, "--skip-bad")
+    assert "1 images" in done.stdout and (out / "results.json").is_file()
+    for options in (["--annotations", tmp_path / "none.json"], ["--annotations", good]):
+        refused = command("predict", coco_run / "run", good, "--out", tmp_path / "x", *options)
+        assert "cannot be read as JSON" in str(refused.exception)
+
+
+def test_two_images_of_one_number_are_refused(tmp_path):
+    paths = [put(tmp_path / "a.png", 64, 64), put(tmp_path / "7.png", 64, 64)]
+    with pytest.raises(InputError, match="would both be image 7"):
+        predict(Fake(), paths, tmp_path / "out", "coco", ("cat",), known={paths[0]: Known(7, (64, 64))})
+    with pytest.raises(InputError, match=r"64x64, its annotation says 60x64"):
+        predict(Fake(), paths, tmp_path / "out", "coco", ("cat",), known={paths[0]: Known(8, (60, 64))})
