@@ -24,7 +24,8 @@ from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 from ..errors import InputError
 from ..highway import E3VA
 from ..methods.inside import ThroughBackbone
-from .isolation import find_backbone, next_nodes, producers, random_functional, restored, stream, walk
+from .isolation import find_backbone, next_nodes, producers, random_functional, stream, walk
+from .model_state import restored
 
 #: Names of graph nodes without "Backward0" whose Jacobian is made of fixed zeros and ones.
 HANDS_ON = {
@@ -120,7 +121,7 @@ def trace(
         _watched(ours, saved) as calls,
     ):
         model.train()
-        with saved:
+        with saved_tensors_hooks(saved.pack, lambda tensor: tensor):
             output = model(*inputs)
         value = (loss or random_functional)(output)
     if isinstance(value, Tensor) and value.requires_grad:
@@ -180,24 +181,24 @@ def longest_links(start: object, stops: frozenset = frozenset()) -> dict[object,
     return longest
 
 
-class SavedBytes(saved_tensors_hooks):
-    """Inside, ``total`` adds up the bytes that autograd keeps for the backward pass.
+class SavedBytes:
+    """A count of the bytes that autograd saves for the backward pass, for ``saved_tensors_hooks(saved.pack, ...)``.
 
-    Each storage counts once; parameters and buffers of the model do not.
+    Each storage counts once in ``total``; parameters and buffers of the model do not.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.total = 0
-        # Storages by address; they are held, for an address that is free may be given away again.
+        # Storages by address; they are held, because a freed address may be used again.
         self._known = {t.untyped_storage()._cdata: t.untyped_storage() for t in (*model.parameters(), *model.buffers())}
-        super().__init__(self._keep, lambda tensor: tensor)
 
-    def _keep(self, tensor: Tensor) -> Tensor:
+    def pack(self, tensor: Tensor) -> Tensor:
+        """Count a tensor; what is saved is a detached one, see :meth:`e3va_lite.analysis.memory.LiveBytes.pack`."""
         storage = tensor.untyped_storage()
         if storage._cdata not in self._known:
             self._known[storage._cdata] = storage
             self.total += storage.nbytes()
-        return tensor
+        return tensor.detach()
 
 
 @dataclass

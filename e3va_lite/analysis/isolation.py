@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import InputError
 from .memory import LiveBytes
+from .model_state import restored
 
 SEED = 20241028  # of the random functional: one that nobody draws inputs with, else it could equal them
 STEPS = 3  # with a zero up-projection the down-projection moves at the second step; the third is for good measure
@@ -282,31 +283,3 @@ def find_backbone(model: nn.Module, backbone: nn.Module | str | None) -> nn.Modu
 def _named(model: nn.Module, backbone: nn.Module) -> list[tuple[str, nn.Parameter]]:
     inside = {id(p) for p in backbone.parameters()}
     return [(name, p) for name, p in model.named_parameters() if id(p) in inside]
-
-
-@contextmanager
-def restored(model: nn.Module, parameters: bool = True) -> Iterator[None]:
-    """Put parameters (if something moves them), buffers, gradients, modes and the random state back, whatever happens.
-
-    The random state is that of the CPU and of the CUDA devices that hold parameters.
-    """
-
-    def tensors() -> dict[str, Tensor]:
-        return dict(model.named_buffers()) | (dict(model.named_parameters()) if parameters else {})
-
-    state = {name: t.detach().clone() for name, t in tensors().items()}
-    grads = {p: p.grad for p in model.parameters()}
-    modes = {module: module.training for module in model.modules()}
-    gpus = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    try:
-        with torch.random.fork_rng(devices=gpus):
-            yield
-    finally:
-        with torch.no_grad():
-            for name, t in tensors().items():
-                if not t.is_meta and not t.equal(state[name]):  # a write, even of the same, would spoil pending graphs
-                    t.copy_(state[name])
-        for p, grad in grads.items():
-            p.grad = grad
-        for module, mode in modes.items():
-            module.training = mode
