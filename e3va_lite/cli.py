@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -114,6 +114,7 @@ def compare(methods, seeds, root, recipe, settings, data, out, mode, device, ove
     A comparison that was cut off goes on where it was when the same command is given again.
     """
     from .analysis.cost import with_memory
+    from .analysis.figure_files import check_figure_file
     from .analysis.plots import compare_figure
     from .experiments.compare import METHODS, as_text
     from .experiments.compare import compare as run
@@ -122,6 +123,7 @@ def compare(methods, seeds, root, recipe, settings, data, out, mode, device, ove
     for file in files:
         if file.exists() and not overwrite:
             raise InputError(f"'{file}' exists: choose another --out or pass --overwrite.")
+    check_figure_file(files[1], overwrite, make_folder=True)  # the others stand beside it
     loaded = _recipe(recipe or ("voc-nano" if root else "shapes"), settings)
     result = run(loaded, with_memory(methods or METHODS, mode), seeds, root, data, partial, _device(device))
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -151,8 +153,7 @@ def gradpath(methods, backbone, size, figures, overwrite, as_json) -> None:
     from .backbones.swin import image_size
 
     methods, pixels = methods or METHODS, image_size(size)
-    for name in FIGURES if figures else ():
-        _new(figures / name, overwrite)
+    _new_figures(figures, FIGURES, overwrite)
     rows = [measure(spec, backbone, pixels) for spec in methods]
     if figures is not None:
         from .analysis.diagrams import save
@@ -219,9 +220,11 @@ def memory(
 ) -> None:  # fmt: skip
     """Where the memory of one training step goes: parameters, gradients, optimiser, activations, temporaries."""
     from .analysis.cost import memory_table, memory_text, split_methods, with_memory
+    from .analysis.figure_files import check_figure_file
     from .analysis.plots import memory_figure
 
-    _new(figure, overwrite)
+    if figure is not None:
+        check_figure_file(figure, overwrite)
     loaded, size = _costed(recipe, backbone, size, precision, settings, batch_size)
     where = _device("cpu" if dry_run and not device else device)
     table = memory_table(loaded, with_memory(split_methods(methods), mode), size, where, dry_run, checkpointing)
@@ -282,8 +285,7 @@ def tables(numbers, times, figures, overwrite, as_json) -> None:
     from .analysis.plots import TABLE_FIGURES, table_figures
     from .experiments.paper_tables import TIMES, as_text, paper_tables
 
-    for name in TABLE_FIGURES if figures else ():
-        _new(figures / name, overwrite)
+    _new_figures(figures, TABLE_FIGURES, overwrite)
     result = paper_tables(sorted(set(numbers)) or [1, 2, 3, 4], times or TIMES)
     click.echo(json.dumps(result, indent=2) if as_json else as_text(result))
     if figures:
@@ -581,6 +583,14 @@ def _new(file: Path | None, overwrite: bool) -> None:
     """Before anything takes minutes: is there a file in the way of the one to be written?"""
     if file is not None and file.exists() and not overwrite:
         raise InputError(f"'{file}' exists: choose another place or pass --overwrite.")
+
+
+def _new_figures(folder: Path | None, names: Iterable[str], overwrite: bool) -> None:
+    if folder is not None:
+        from .analysis.figure_files import check_figure_file
+
+        for name in names:
+            check_figure_file(folder / name, overwrite, make_folder=True)
 
 
 def _device(name: str | None) -> "torch.device":
