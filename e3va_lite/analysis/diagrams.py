@@ -10,6 +10,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import Tensor, nn, zeros
 
 from ..adapters import LowRankAdapter
@@ -24,6 +25,7 @@ from .gradient_path import Block, Trace, trace
 from .gradient_path_report import FIGURES, equations, on_meta
 from .plots import COLOURS, HIGHWAY
 
+SWINS = (SwinTransformer, SwinTransformerV2)
 EMBED = 3.0  # where the patch embedding stands, and the highway begins
 
 
@@ -39,9 +41,7 @@ def save(folder: Path, methods: Iterable[str], name: str, size: tuple[int, int] 
         InputError: For an unknown method, option or backbone, or one that the paper's figures do not show.
     """
     backbones = {spec: on_meta(spec, name, size)[0] for spec in methods}
-    for spec, backbone in backbones.items():
-        if not isinstance(backbone, ThroughBackbone | E3VA) or not isinstance(backbone.trunk, SwinTransformer):
-            raise InputError(f"figures are drawn for the paper's methods on a Swin, not for {spec} on {name}.")
+    _check(backbones)
     highways = {structure: on_meta(f"e3va:structure={structure}", name, size)[0] for structure in STRUCTURES}
     standard, image = on_meta("e3va:adapter=standard", name, size)
     adapters = {"standard": standard, "dual low-rank": highways["parallel"]}
@@ -56,6 +56,16 @@ def save(folder: Path, methods: Iterable[str], name: str, size: tuple[int, int] 
     folder.mkdir(parents=True, exist_ok=True)
     for file, figure in zip(FIGURES, figures, strict=True):
         figure.savefig(folder / file)
+
+
+def _check(backbones: dict[str, nn.Module], stage: int = 1) -> None:
+    """The drawings show what the paper has: its methods, on a Swin or a Swin V2, and a stage that runs."""
+    for label, backbone in backbones.items():
+        if not isinstance(backbone, ThroughBackbone | E3VA) or not isinstance(backbone.trunk, SWINS):
+            name = getattr(backbone, "name", type(backbone).__name__)
+            raise InputError(f"figures are drawn for the paper's methods on a Swin, not for {label} on {name}.")
+        if not 1 <= stage <= backbone.last_stage:
+            raise InputError(f"{label} has no stage {stage}: take one from 1 to {backbone.last_stage}.")
 
 
 def _note(backbones: dict[str, nn.Module], images: Tensor) -> str:
@@ -73,6 +83,9 @@ def figure5(backbones: dict[str, nn.Module], images: Tensor, stage: int = 3) -> 
         backbones: By label, any of :func:`e3va_lite.build_backbone`'s.
         images: Float (B, 3, H, W), on the backbones' device.
         stage: From 1; one that the backbones run.
+
+    Raises:
+        InputError: For a backbone that is not one of the paper's methods on a Swin, or that does not run the stage.
     """
     return _blocks("One Swin block: the gradient's way through it", backbones, images, stage)
 
@@ -83,6 +96,7 @@ def figure3(backbones: dict[str, nn.Module], images: Tensor, stage: int = 3) -> 
 
 
 def _blocks(title: str, backbones: dict[str, nn.Module], images: Tensor, stage: int) -> Figure:
+    _check(backbones, stage)
     traces = {label: trace(backbone, images) for label, backbone in backbones.items()}
     longest = max(found.longest_path_per_stage[stage - 1] for found in traces.values())
     widths = [8.8 if isinstance(b, E3VA) else 6.4 if _adapters_of(b) == "beside" else 4.8 for b in backbones.values()]
@@ -94,9 +108,12 @@ def _blocks(title: str, backbones: dict[str, nn.Module], images: Tensor, stage: 
         found = traces[label]
         block = [block for block in found.blocks if block.stage == stage][-1]
         picture = Picture(axes, left + 2.1, 4.1, *_parts_of(found, block))
-        _draw_stream(picture, _adapters_of(backbone), "MSA, LoRA" if hasattr(backbone, "updates") else "W/SW-MSA")
+        attention = "MSA, LoRA" if hasattr(backbone, "updates") else "W/SW-MSA"
+        norms_last = isinstance(backbone.trunk, SwinTransformerV2)
+        _draw_stream(picture, _adapters_of(backbone), attention, norms_last)
         if isinstance(backbone, E3VA):
-            _draw_highway(picture, next(name for name, join in STRUCTURES.items() if join is backbone.join))
+            structure = next(name for name, join in STRUCTURES.items() if join is backbone.join)
+            _draw_highway(picture, structure, *(("norm1", "norm2") if norms_last else ("attn", "mlp")))
         middle = width / 2 - 2.1
         picture.text(middle, 10.65, label, fontsize=12, color=INK, va="baseline")
         picture.text(middle, 10.2, f"{trainable_parameters(backbone) / 1e6:.2f} M trained", va="baseline")
@@ -137,24 +154,29 @@ def _adapters_of(backbone: nn.Module) -> str | None:
     return "beside" if backbone.run_block is beside_block else "inside"
 
 
-def _draw_stream(picture: Picture, adapters: str | None, attention: str) -> None:
-    """The block itself, equation (5), with ``adapters`` "inside" it (6), "beside" its parts, or None; forward is up."""
-    for name, y, text in (("norm1", 1.2, "LN₁"), ("attn", 2.3, attention), ("norm2", 5.4, "LN₂"), ("mlp", 6.5, "MLP")):
-        picture.box(name, 0, y, text)
+def _draw_stream(picture: Picture, adapters: str | None, attention: str, norms_last: bool) -> None:
+    """The block itself, equation (5), with ``adapters`` "inside" it (6), "beside" its parts, or None; forward is up.
+
+    With ``norms_last`` (Swin V2) the norms stand behind attention and MLP.
+    """
     picture.box("l", 0, 0, "$l_i$", 0.9, tensor=True)
-    # the sum's number, what goes in beside the residual, where the residual leaves, and the sum's height
-    for number, part, source, low, high in ((1, "attn", "l", 0.6, 4.4), (2, "mlp", "sum1", 4.85, 8.6)):
-        adapter, last, y = f"a{number}", part, picture.parts[part][1] - picture.y
+    # The sum's number, the layer, its input, and the heights of layer, fork of the residual, and sum.
+    halves = ((1, "attn", attention, "l", 1.2, 0.6, 4.4), (2, "mlp", "MLP", "sum1", 5.4, 4.85, 8.6))
+    for number, layer, text, source, y, low, high in halves:
+        first, last = order = (layer, f"norm{number}") if norms_last else (f"norm{number}", layer)
+        for height, part in zip((y, y + 1.1), order, strict=True):
+            picture.box(part, 0, height, text if part == layer else f"LN{'₁₂'[number - 1]}")
+        picture.line(source, first)
+        picture.line(first, last)
+        adapter = f"a{number}"
         if adapters == "inside":
-            picture.box(adapter, 0, y + 1.1, f"adapter {number}")
-            picture.line(part, adapter)
+            picture.box(adapter, 0, y + 2.2, f"adapter {number}")
+            picture.line(last, adapter)
             last = adapter
         elif adapters == "beside":
-            picture.box(adapter, 2.6, y, f"adapter {number}")
+            picture.box(adapter, 2.6, y + 1.1, f"adapter {number}")
             picture.line(source, adapter, (0, low), (2.6, low))
         picture.plus(f"sum{number}", 0, high, source, last, *([adapter] if adapters == "beside" else []))
-        picture.line(source, f"norm{number}")
-        picture.line(f"norm{number}", part)
         picture.line(last, f"sum{number}")
         picture.line(source, f"sum{number}", (0, low), (-1.5, low), (-1.5, high))
         if adapters == "beside":
@@ -164,28 +186,28 @@ def _draw_stream(picture: Picture, adapters: str | None, attention: str) -> None
     picture.line("sum2", "l_out")
 
 
-def _draw_highway(picture: Picture, structure: str) -> None:
-    """The highway at the right of the block, equation (8) or one of the other structures."""
+def _draw_highway(picture: Picture, structure: str, tap1: str, tap2: str) -> None:
+    """The highway at the right of the block, equation (8) or another structure; the taps are layers of the block."""
     road = 5.3
     picture.box("e", road, 0, "$e_i$", 0.9, tensor=True)
     picture.box("e_out", road, 9.6, "$e_{i+1}$", 0.9, tensor=True)
     if structure == "chained":
-        picture.plus("join1", road, 2.3, "e", "attn")
+        picture.plus("join1", road, 2.3, "e", tap1)
         picture.box("a1", road, 3.6, "adapter 1")
-        picture.plus("join2", road, 6.5, "a1", "mlp")
+        picture.plus("join2", road, 6.5, "a1", tap2)
         picture.box("a2", road, 7.8, "adapter 2")
-        lines = "e join1 a1 join2 a2 e_out", "attn join1", "mlp join2"
+        lines = "e join1 a1 join2 a2 e_out", f"{tap1} join1", f"{tap2} join2"
     elif structure == "stacked":
         picture.box("a1", 2.3, 2.3, "adapter 1")
-        picture.plus("join1", 2.3, 6.5, "a1", "mlp")
+        picture.plus("join1", 2.3, 6.5, "a1", tap2)
         picture.box("a2", 3.85, 6.5, "adapter 2")
         picture.plus("join2", road, 6.5, "e", "a2")
-        lines = "e join2 e_out", "attn a1 join1", "mlp join1 a2 join2"
+        lines = "e join2 e_out", f"{tap1} a1 join1", f"{tap2} join1 a2 join2"
     else:
         for number, y, below in ((1, 2.3, "e"), (2, 6.5, "join1")):
             picture.box(f"a{number}", 2.8, y, f"adapter {number}")
             picture.plus(f"join{number}", road, y, below, f"a{number}")
-        lines = "e join1 join2 e_out", "attn a1 join1", "mlp a2 join2"
+        lines = "e join1 join2 e_out", f"{tap1} a1 join1", f"{tap2} a2 join2"
     for line in map(str.split, lines):
         for source, target in pairwise(line):
             picture.line(source, target)
@@ -200,7 +222,11 @@ def figure1(backbones: dict[str, nn.Module], images: Tensor) -> Figure:
     Args:
         backbones: By label, any of :func:`e3va_lite.build_backbone`'s.
         images: Float (B, 3, H, W), on the backbones' device.
+
+    Raises:
+        InputError: For a backbone that is not one of the paper's methods on a Swin.
     """
+    _check(backbones)
     traces = {label: trace(backbone, images) for label, backbone in backbones.items()}
     longest = max(found.longest_path for found in traces.values())
     heights = [7.9 if isinstance(backbone, E3VA) else 5.6 for backbone in backbones.values()]
@@ -232,8 +258,9 @@ def figure2(backbone: E3VA, images: Tensor) -> Figure:
         images: Float (B, 3, H, W), on the backbone's device.
 
     Raises:
-        InputError: For anything but an E3VA of that structure.
+        InputError: For anything but an E3VA of that structure on a Swin.
     """
+    _check({"this model": backbone})
     if getattr(backbone, "join", None) is not STRUCTURES["parallel"]:
         raise InputError("figure 2 is drawn for E3VA with the structure 'parallel': figure 3 shows the others.")
     found = trace(backbone, images)
@@ -328,7 +355,9 @@ def _stage_in_detail(
     picture: Picture, backbone: E3VA, number: int, x: float, road: float, stream: str, way: str
 ) -> tuple:
     """One block of the stage: equation (7) on the stream, equation (8) on the highway."""
-    for part, tap, text, middle in ((1, "attn", "LN₁\nW/SW-MSA", x + 1.0), (2, "mlp", "LN₂\nMLP", x + 4.2)):
+    order = -1 if isinstance(backbone.trunk, SwinTransformerV2) else 1  # which norms behind the layers
+    for part, tap, layers, middle in ((1, "attn", ("LN₁", "W/SW-MSA"), x + 1.0), (2, "mlp", ("LN₂", "MLP"), x + 4.2)):
+        text = "\n".join(layers[::order])
         tap, total, adapter, join = (f"{name}_{number}" for name in (tap, f"sum{part}", f"a{part}", f"join{part}"))
         picture.box(tap, middle, 0, text, 1.9, 0.95)
         picture.plus(total, middle + 1.6, 0, stream, tap)

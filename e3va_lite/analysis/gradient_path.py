@@ -18,13 +18,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from timm.models.swin_transformer_v2 import SwinTransformerV2Block
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
 from ..errors import InputError
 from ..highway import E3VA
 from ..methods.inside import ThroughBackbone
-from .isolation import find_backbone, next_nodes, producers, random_functional, restored, stream, walk
+from .isolation import find_backbone, next_nodes, producers, random_functional, stream, walk
+from .model_state import restored
 
 #: Names of graph nodes without "Backward0" whose Jacobian is made of fixed zeros and ones.
 HANDS_ON = {
@@ -93,15 +95,17 @@ def trace(
     *inputs: object,
     backbone: nn.Module | str | None = None,
     loss: Callable[[object], Tensor] | None = None,
+    **keywords: object,
 ) -> Trace:
-    """Run ``model`` forward in train mode and walk the graph from the loss. Nothing of the model is changed.
+    """Run ``model`` forward in train mode and walk the graph from the loss. The model is restored afterwards.
 
     Args:
-        model: A backbone of this package, a model that holds one, or anybody's own; stages and blocks are known for the
+        model: A backbone of this package, a model that contains one, or any other; stages and blocks are known for the
             first two. Models on the meta device cost no memory and have the same graph.
-        *inputs: What ``model`` is called with; for a backbone float images (B, 3, H, W).
+        *inputs: The positional arguments of ``model``, for a backbone float images (B, 3, H, W); ``**keywords`` are
+            its keyword arguments.
         backbone: The pretrained part, a module or its name; the module called ``trunk`` if not given.
-        loss: Turns the model's output into a tensor; ``gradients.random_functional`` if not given, whose two links (a
+        loss: Turns the model's output into a tensor. By default ``isolation.random_functional``, whose two links (a
             product and a scale) are part of the lengths. Neck, head and the task's loss would add theirs to every
             method alike.
 
@@ -115,13 +119,13 @@ def trace(
     with (
         restored(model, parameters=False),
         torch.enable_grad(),
-        _word_for_word(ours),
+        _literal(ours),
         producers(model) as produced,
         _watched(ours, saved) as calls,
     ):
         model.train()
-        with saved:
-            output = model(*inputs)
+        with saved_tensors_hooks(saved.pack, lambda tensor: tensor):
+            output = model(*inputs, **keywords)
         value = (loss or random_functional)(output)
     if isinstance(value, Tensor) and value.requires_grad:
         from_loss = longest_links(get_gradient_edge(value).node)
@@ -180,24 +184,29 @@ def longest_links(start: object, stops: frozenset = frozenset()) -> dict[object,
     return longest
 
 
-class SavedBytes(saved_tensors_hooks):
-    """Inside, ``total`` adds up the bytes that autograd keeps for the backward pass.
+class SavedBytes:
+    """A count of the bytes that autograd saves for the backward pass, for ``saved_tensors_hooks(saved.pack, ...)``.
 
-    Each storage counts once; parameters and buffers of the model do not.
+    Each storage counts once in ``total``; parameters and buffers of the model do not.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.total = 0
-        # Storages by address; they are held, for an address that is free may be given away again.
+        # Storages by address; they are held, because a freed address may be used again.
         self._known = {t.untyped_storage()._cdata: t.untyped_storage() for t in (*model.parameters(), *model.buffers())}
-        super().__init__(self._keep, lambda tensor: tensor)
 
-    def _keep(self, tensor: Tensor) -> Tensor:
+    def pack(self, tensor: Tensor) -> Tensor:
+        """Count a tensor; what is saved is a detached one, see :meth:`e3va_lite.analysis.memory.LiveBytes.pack`."""
         storage = tensor.untyped_storage()
         if storage._cdata not in self._known:
             self._known[storage._cdata] = storage
             self.total += storage.nbytes()
-        return tensor
+        return tensor.detach()
+
+
+def first_layer(block: nn.Module) -> nn.Module:
+    """The layer of a block that sees its input first: the attention in a Swin V2, which norms afterwards."""
+    return block.attn if isinstance(block, SwinTransformerV2Block) else block.norm1
 
 
 @dataclass
@@ -212,8 +221,8 @@ class _Call:
 
 
 @contextmanager
-def _word_for_word(backbone: ThroughBackbone | E3VA | None) -> Iterator[None]:
-    """Inside, a backbone of this package computes as the paper writes it, whatever faster way it has."""
+def _literal(backbone: ThroughBackbone | E3VA | None) -> Iterator[None]:
+    """Let a backbone of this package compute the equations as the paper writes them, without its faster kernels."""
     if backbone is None:
         yield
         return
@@ -245,7 +254,7 @@ def _watched(backbone: ThroughBackbone | E3VA | None, saved: SavedBytes) -> Iter
         return output
 
     handles = [
-        block.norm1.register_forward_pre_hook(lambda module, args: streams.append(args[0].grad_fn))
+        first_layer(block).register_forward_pre_hook(lambda module, args: streams.append(args[0].grad_fn))
         for stage in backbone.trunk.layers
         for block in stage.blocks
     ]

@@ -1,27 +1,29 @@
-"""Proof that no gradient reaches the backbone, for the models of this package and for anybody's own.
+"""Proofs that no gradient reaches the backbone, for the models of this package and for any other.
 
 ``requires_grad=False`` alone proves little: a gradient may still pass through every frozen layer on its way to an
-adapter (that is what makes ordinary adapters expensive), and a flag can be wrong. So there are five proofs, none of
-which relies on another:
+adapter (that is what makes ordinary adapters expensive), and a flag can be wrong. There are five proofs, none of which
+relies on another:
 
 1. after a backward pass, no parameter of the backbone has a ``.grad``;
 2. a walk of the autograd graph from the loss meets no parameter of the backbone, and no node that one of its modules
    produced;
 3. in the backward pass, no operator takes both something computed from the loss's gradient and a weight of the
    backbone: this looks into custom functions too, which are a single node to a walk of the graph;
-4. an optimiser that is given *every* parameter leaves the backbone equal bit for bit, and moves everything else;
+4. an optimizer that is given *every* parameter leaves the backbone equal bit for bit, and moves what is trainable;
 5. two passes in train mode compute the same stream.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..errors import InputError
-from .memory import LiveBytes
+from .memory import LiveBytes, checked_loss
+from .model_state import restored
 
 SEED = 20241028  # of the random functional: one that nobody draws inputs with, else it could equal them
 STEPS = 3  # with a zero up-projection the down-projection moves at the second step; the third is for good measure
@@ -36,58 +38,75 @@ def assert_isolated(
     *inputs: object,
     backbone: nn.Module | str | None = None,
     loss: Callable[[object], Tensor] | None = None,
+    **keywords: object,
 ) -> None:
     """Prove in five ways that training ``model`` sends no gradient into ``backbone``.
 
-    The model is run in train mode a few times; its parameters, buffers, gradients and mode, and the random state of its
-    devices, are put back.
+    The model is run in train mode a few times and then restored: parameters, buffers, gradients, modes, random state.
 
     Args:
-        model: The model to be trained. Modules may have a ``passed_by_design`` attribute, a list of backbone modules
-            that a gradient may pass although their parameters get none (the highway's inherited reductions).
-        *inputs: What ``model`` is called with.
-        backbone: The part that has to stay untouched: a module of ``model`` or its name in it; the module called
-            ``trunk``, as every backbone of this package has one, if not given.
-        loss: Turns the model's output into a scalar. If not given, a random linear functional of all float tensors in
-            the output. (The mean square of LayerNormed maps, the obvious choice, is constant: its gradient is zero and
-            would prove anything.)
+        model: The model to be trained. Its modules may have an attribute ``passed_by_design``: a list of modules of the
+            backbone that a gradient may pass although their parameters get none (the highway's inherited reductions).
+        *inputs: The positional arguments of ``model``; ``**keywords`` are its keyword arguments.
+        backbone: The part that must not be reached: a module of ``model`` or its name in it. By default the module
+            called ``trunk``, which every backbone of this package has.
+        loss: Turns the model's output into a scalar. By default a random linear functional of all float tensors in the
+            output, which may be nested in lists, dicts and dataclasses. (The mean square of LayerNormed maps, the
+            obvious choice, is constant: its gradient is zero and would prove anything.)
 
     Raises:
-        IsolationError: Names every parameter and module that was reached.
-        InputError: When there is no such backbone, or nothing in the model is trainable.
+        IsolationError: Names every parameter and module of the backbone that was reached. If none was, it says so and
+            names trainable parameters of the rest that training would not move, for example those of an unused head.
+        InputError: If there is no such backbone, if nothing in the model is trainable, or if the loss is not a scalar
+            that depends on something trainable.
     """
     backbone = find_backbone(model, backbone)
     if not any(p.requires_grad for p in model.parameters()):
         raise InputError("nothing in the model is trainable, so there is nothing to prove.")
-    loss = loss or random_functional
+    compute = loss or random_functional
+
+    def loss(output: object) -> Tensor:
+        return checked_loss(compute(output))
+
     with restored(model):
         model.train()
-        findings = [
-            *parameters_with_grad(model, inputs, backbone, loss),
-            *reached_by_graph(model, inputs, backbone, loss),
-            *met_in_backward(model, inputs, backbone, loss),
-            *moved_by_optimizer(model, inputs, backbone, loss),
-            *not_repeatable(model, inputs, backbone),
+        reached = [
+            *parameters_with_grad(model, inputs, backbone, loss, **keywords),
+            *reached_by_graph(model, inputs, backbone, loss, **keywords),
+            *met_in_backward(model, inputs, backbone, loss, **keywords),
         ]
-    if findings:
-        raise IsolationError("the backbone is not isolated:\n  " + "\n  ".join(findings))
+        moved, unmoved = moved_by_optimizer(model, inputs, backbone, loss, **keywords)
+        changed = not_repeatable(model, inputs, backbone, **keywords)
+    findings = [*reached, *moved, *changed]
+    if any(" passes module " in text or " meets parameter " in text for text in reached):
+        head = (
+            "the backbone is not isolated (list modules that a gradient may pass in an attribute `passed_by_design`):"
+        )
+    elif findings:
+        head = "the backbone is not isolated:"
+    else:
+        head = "no gradient reaches the backbone, but not all of the rest is trained (freeze what is not used):"
+    if findings or unmoved:
+        raise IsolationError("\n  ".join([head, *findings, *unmoved]))
 
 
-def parameters_with_grad(model: nn.Module, inputs: tuple, backbone: nn.Module, loss: Callable) -> list[str]:
+def parameters_with_grad(
+    model: nn.Module, inputs: tuple, backbone: nn.Module, loss: Callable, /, **keywords
+) -> list[str]:
     """Proof 1: after a backward pass, which backbone parameters have a gradient? None may."""
     model.zero_grad(set_to_none=True)
-    loss(model(*inputs)).backward()
+    loss(model(*inputs, **keywords)).backward()
     return [f"parameter {name} got a gradient" for name, p in _named(model, backbone) if p.grad is not None]
 
 
-def reached_by_graph(model: nn.Module, inputs: tuple, backbone: nn.Module, loss: Callable) -> list[str]:
+def reached_by_graph(model: nn.Module, inputs: tuple, backbone: nn.Module, loss: Callable, /, **keywords) -> list[str]:
     """Proof 2: which backbone parameters and modules does a walk of the graph from the loss meet? None may.
 
     Modules in some ``passed_by_design`` list are not counted, their parameters are.
     """
     guarded = stream(model, backbone)
     with producers(model) as produced:
-        root = loss(model(*inputs)).grad_fn
+        root = loss(model(*inputs, **keywords)).grad_fn
     parameters = {id(p): name for name, p in _named(model, backbone)}
     findings = []
     for node in walk(root):
@@ -98,7 +117,7 @@ def reached_by_graph(model: nn.Module, inputs: tuple, backbone: nn.Module, loss:
     return sorted(set(findings))
 
 
-def met_in_backward(model: nn.Module, inputs: tuple, backbone: nn.Module, loss: Callable) -> list[str]:
+def met_in_backward(model: nn.Module, inputs: tuple, backbone: nn.Module, loss: Callable, /, **keywords) -> list[str]:
     """Proof 3: which weights of the backbone does a gradient meet in an operator of the backward pass? None may.
 
     A gradient that goes on below a layer with weights has been multiplied by them, whoever wrote the backward pass.
@@ -106,7 +125,7 @@ def met_in_backward(model: nn.Module, inputs: tuple, backbone: nn.Module, loss: 
     """
     names = stream(model, backbone)
     guarded = {id(t) for name, m in model.named_modules() if name in names for t in m.parameters(recurse=False)}
-    value = loss(model(*inputs))
+    value = loss(model(*inputs, **keywords))
     gradient = torch.ones_like(value)
     watch = _Meetings({name: p for name, p in model.named_parameters() if id(p) in guarded}, gradient)
     try:
@@ -170,30 +189,36 @@ def producers(model: nn.Module) -> Iterator[dict[object, list[str]]]:
             handle.remove()
 
 
-def moved_by_optimizer(model: nn.Module, inputs: tuple, backbone: nn.Module, loss: Callable) -> list[str]:
-    """Proof 4: what of the backbone do steps on *all* parameters change? Nothing may; what is trainable has to move.
+def moved_by_optimizer(
+    model: nn.Module, inputs: tuple, backbone: nn.Module, loss: Callable, **keywords
+) -> tuple[list[str], list[str]]:
+    """Proof 4: what of the backbone do steps on *all* parameters move? Nothing. What of the rest do they not move?
 
     Weight decay is zero: it would move a parameter without any gradient being involved.
+
+    Returns:
+        The findings on the backbone, and those on trainable parameters of the rest that have no gradient or a zero one.
     """
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     # Adam's steps have the same length however small a gradient is: what has one moves visibly.
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-15, weight_decay=0.0)
     for _ in range(STEPS):
         optimizer.zero_grad()
-        loss(model(*inputs)).backward()
+        loss(model(*inputs, **keywords)).backward()
         optimizer.step()
     frozen = {name for name, _ in _named(model, backbone)}
-    findings = []
+    moved, unmoved = [], []
     for name, p in model.named_parameters():
-        moved = not torch.equal(p, before[name])
-        if name in frozen and moved:
-            findings.append(f"parameter {name} was moved by the optimiser")
-        if name not in frozen and p.requires_grad and not moved:
-            findings.append(f"trainable parameter {name} did not move in {STEPS} steps")
-    return findings
+        if name in frozen:
+            if not torch.equal(p, before[name]):
+                moved.append(f"parameter {name} was moved by the optimizer")
+        elif p.requires_grad and torch.equal(p, before[name]):
+            why = "the loss does not depend on it" if p.grad is None else "its gradient is zero"
+            unmoved.append(f"trainable parameter {name} did not move in {STEPS} steps: {why}")
+    return moved, unmoved
 
 
-def not_repeatable(model: nn.Module, inputs: tuple, backbone: nn.Module) -> list[str]:
+def not_repeatable(model: nn.Module, inputs: tuple, backbone: nn.Module, /, **keywords) -> list[str]:
     """Proof 5: which backbone modules give another output in a second pass in train mode? None may.
 
     Stochastic depth or dropout left on, or batch statistics, show here: frozen is a mode and not only a flag.
@@ -212,7 +237,7 @@ def not_repeatable(model: nn.Module, inputs: tuple, backbone: nn.Module) -> list
         for _ in range(2):
             passes.append([])
             with torch.no_grad():
-                model(*inputs)
+                model(*inputs, **keywords)
     finally:
         for handle in handles:
             handle.remove()
@@ -223,23 +248,30 @@ def not_repeatable(model: nn.Module, inputs: tuple, backbone: nn.Module) -> list
 
 
 def random_functional(output: object) -> Tensor:
-    """The same random linear functional at every call: sum of <w, t> over all float tensors t in ``output``, scaled."""
+    """The same random linear functional at every call: sum of <w, t> over all float tensors t in ``output``, scaled.
+
+    Raises:
+        InputError: If there is no float tensor in ``output``.
+    """
     generator = torch.Generator().manual_seed(SEED)
     terms = []
     for t in tensors_in(output):
         if t.is_floating_point():
             w = torch.randn(t.shape, generator=generator, device="meta" if t.is_meta else "cpu").to(t)
             terms.append((w * t).sum() / max(t.numel(), 1) ** 0.5)
+    if not terms:
+        raise InputError(f"no float tensor was found in the output, a {type(output).__name__}: pass loss=<a function>.")
     return torch.stack(terms).sum()
 
 
 def tensors_in(value: object) -> Iterator[Tensor]:
-    """All tensors in nested lists, tuples and dicts."""
+    """All tensors in nested lists, tuples, mappings and dataclasses."""
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from tensors_in(item)
+    elif isinstance(value, Mapping):
+        yield from tensors_in(list(value.values()))
+    elif is_dataclass(value) and not isinstance(value, type):
+        yield from tensors_in([getattr(value, field.name) for field in fields(value)])
     elif isinstance(value, list | tuple):
         for item in value:
             yield from tensors_in(item)
@@ -282,31 +314,3 @@ def find_backbone(model: nn.Module, backbone: nn.Module | str | None) -> nn.Modu
 def _named(model: nn.Module, backbone: nn.Module) -> list[tuple[str, nn.Parameter]]:
     inside = {id(p) for p in backbone.parameters()}
     return [(name, p) for name, p in model.named_parameters() if id(p) in inside]
-
-
-@contextmanager
-def restored(model: nn.Module, parameters: bool = True) -> Iterator[None]:
-    """Put parameters (if something moves them), buffers, gradients, modes and the random state back, whatever happens.
-
-    The random state is that of the CPU and of the CUDA devices that hold parameters.
-    """
-
-    def tensors() -> dict[str, Tensor]:
-        return dict(model.named_buffers()) | (dict(model.named_parameters()) if parameters else {})
-
-    state = {name: t.detach().clone() for name, t in tensors().items()}
-    grads = {p: p.grad for p in model.parameters()}
-    modes = {module: module.training for module in model.modules()}
-    gpus = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    try:
-        with torch.random.fork_rng(devices=gpus):
-            yield
-    finally:
-        with torch.no_grad():
-            for name, t in tensors().items():
-                if not t.is_meta and not t.equal(state[name]):  # a write, even of the same, would spoil pending graphs
-                    t.copy_(state[name])
-        for p, grad in grads.items():
-            p.grad = grad
-        for module, mode in modes.items():
-            module.training = mode

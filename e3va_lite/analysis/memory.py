@@ -16,7 +16,7 @@ Each storage belongs to one category, known when the step is over:
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..errors import InputError
+from .model_state import restored
 
 CATEGORIES = ("parameters", "gradients", "optimizer", "activations", "temporaries")
 PHASES = ("forward", "backward", "optimizer")
@@ -133,10 +134,14 @@ class LiveBytes(TorchDispatchMode):
         self.died[number] = self.events
         self.events += 1
 
-    def keep(self, tensor: Tensor) -> Tensor:
-        """Autograd keeps this tensor for the backward pass."""
+    def pack(self, tensor: Tensor) -> Tensor:
+        """Note that autograd saves this tensor for the backward pass; a pack hook of ``saved_tensors_hooks``.
+
+        The tensor itself would be kept alive for ever by the node that made it and saves it: a cycle that Python's
+        garbage collector does not see. A detached one shares its memory and knows no node.
+        """
         self.kept.setdefault(self.add(tensor), self.module)
-        return tensor
+        return tensor.detach()
 
     def alive(self) -> list[int]:
         """The numbers of the storages that live now."""
@@ -161,30 +166,28 @@ def ledger(
     forward: Callable[[], Tensor],
     batch: Iterable[Tensor] = (),
 ) -> Ledger:
-    """Keep the books of one training step: ``forward().backward()``, then ``optimizer.step()``.
+    """Record the memory of one training step: ``forward().backward()``, then ``optimizer.step()``.
 
-    The step is really done: parameters move as far as the optimiser's learning rate lets them. Gradients that the
-    parameters have are put aside and put back. The optimiser's state counts from the start, also where it comes to life
-    in this very step: every later step has it from the start.
+    The step is really done, on CUDA after two others, and then undone: parameters, buffers, gradients, the optimizer's
+    state and the random state are afterwards what they were before. The optimizer's state counts from the start, even
+    if it is created in this very step: every later step has it from the start.
 
     Args:
-        model: What is trained; its parameters and buffers are counted.
-        optimizer: Of the model's parameters.
-        forward: The loss of a batch, a scalar.
-        batch: Tensors that live as long as the step: the images and targets.
+        model: The model whose parameters and buffers are counted.
+        optimizer: Of all parameters of the model or of some.
+        forward: Computes the loss of a batch, a scalar.
+        batch: Tensors that exist as long as the step: images and targets.
 
     Raises:
         InputError: If the loss is no scalar that a gradient can start from.
     """
     device = next(model.parameters()).device
-    gradients = {p: p.grad for p in model.parameters()}
-    optimizer.zero_grad()
     live = LiveBytes()
-    try:
+    with restored(model, optimizer), closing(live):
         for _ in range(WARMUP if device.type == "cuda" else 0):
-            _checked(forward()).backward()
+            checked_loss(forward()).backward()
             optimizer.step()
-            optimizer.zero_grad()
+            model.zero_grad()
         owned = {
             "parameters": [live.add(t) for t in (*model.parameters(), *model.buffers())],
             "optimizer": [live.add(t) for t in _state(optimizer)],
@@ -198,8 +201,8 @@ def ledger(
         ends = {}
         with live, _named_modules(model, live):
             known = len(live.sizes)
-            with torch.autograd.graph.saved_tensors_hooks(live.keep, lambda tensor: tensor):
-                loss = _checked(forward())
+            with torch.autograd.graph.saved_tensors_hooks(live.pack, lambda tensor: tensor):
+                loss = checked_loss(forward())
             kept = [number for number in live.alive() if number >= known]
             ends["forward"] = live.events
             loss.backward()
@@ -207,19 +210,15 @@ def ledger(
             owned["gradients"] = [live.add(p.grad) for p in model.parameters() if p.grad is not None]
             optimizer.step()
             owned["optimizer"] += [live.add(t) for t in _state(optimizer)]
-            optimizer.zero_grad()
+            model.zero_grad()
             del loss
             ends["optimizer"] = live.events
         owned["activations"] = kept
-    finally:
-        live.close()
-        for p, gradient in gradients.items():
-            p.grad = gradient
-    allocated = reserved = None
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        allocated = torch.cuda.max_memory_allocated(device) - outside
-        reserved = torch.cuda.max_memory_reserved(device)
+        allocated = reserved = None
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            allocated = torch.cuda.max_memory_allocated(device) - outside
+            reserved = torch.cuda.max_memory_reserved(device)
     return _closed(live, owned, ends, start, allocated, reserved)
 
 
@@ -251,7 +250,8 @@ def _state(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
     return (value for values in optimizer.state.values() for value in values.values() if isinstance(value, Tensor))
 
 
-def _checked(loss: object) -> Tensor:
+def checked_loss(loss: object) -> Tensor:
+    """The loss, if a gradient can start from it; otherwise an InputError."""
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
         what = f"{type(loss).__name__} {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise InputError(

@@ -19,6 +19,9 @@ COLOURS |= dict.fromkeys(("lst", "losa"), "#8f6bb3")
 HIGHWAY = "#2a7f62"
 MIB = 2**20
 DPI = 150
+# Seaborn's look inside the functions below only: the settings of the user's session stay what they are.
+STYLE = sns.axes_style("white", rc={"font.sans-serif": ["DejaVu Sans"]})  # which matplotlib brings along
+FONTS = sns.plotting_context("notebook", font_scale=0.9)
 
 CATEGORY_COLOURS = dict(zip(CATEGORIES, ("#4c5b6b", "#c44e52", "#8172b3", "#e0a458", "#d9d9d9"), strict=True))
 # What the figures of the experiment show, and its shape, which differs within a colour: colours stand for families.
@@ -50,30 +53,35 @@ def colour(method: str) -> str:
     return HIGHWAY if method.startswith("e3va") else COLOURS.get(re.split("[:,]", method)[0], COLOURS["adapter"])
 
 
+@STYLE
+@FONTS
 def compare_figure(result: dict) -> Figure:
     """The table of ``e3va compare`` as bars: one panel per column, each bar with its value and its share of full."""
     rows = result["rows"]
     names = [row["method"] for row in rows]
     colours = [colour(name) for name in names]
-    sns.set_theme(style="white", font_scale=0.9)
     figure = Figure(figsize=(3.3 * len(PANELS), 0.55 * len(rows) + 1.7), dpi=DPI)
     axes = figure.subplots(1, len(PANELS), sharey=True)
     for axis, (key, title, value, form, direction) in zip(axes, PANELS, strict=True):
         values = [value(row) for row in rows]
-        axis.barh(names, values, color=colours)
-        for y, (row, x) in enumerate(zip(rows, values, strict=True)):
+        sns.barplot(x=values, y=names, hue=names, palette=colours, saturation=1, legend=False, ax=axis)
+        ends = values
+        if key == "ap50" and len(rows[0]["ap50_by_seed"]) > 1:  # a point per seed
+            seeds = [(row["method"], x) for row in rows for x in row["ap50_by_seed"]]
+            sns.stripplot(x=[x for _, x in seeds], y=[name for name, _ in seeds], color="0.2", size=3, ax=axis)
+            ends = [max(row["ap50_by_seed"]) for row in rows]
+        for y, (row, x, end) in enumerate(zip(rows, values, ends, strict=True)):
             share = row.get(f"{key}_of_full")
             label = form.format(x) + ("" if share is None or row["method"] == "full" else f" ({100 * share:.0f} %)")
-            axis.text(x + 0.02 * max(values), y, label, va="center", fontsize=9)
+            axis.text(end + 0.03 * max(values), y, label, va="center", fontsize=9)
         axis.set_title(title, fontsize=10.5, loc="left")
         axis.set_xlabel(direction, fontsize=9, color="0.4")
         axis.set_xlim(0, 1.55 * max(values) or 1)
         axis.set_xticks([])
         sns.despine(ax=axis, bottom=True)
-    axes[0].invert_yaxis()
     recipe = result["recipe"]
     setting = f"{recipe['backbone']}, RetinaNet, {recipe['max_size']} px, batch {recipe['batch']}"
-    figure.suptitle(f"One detector ({setting}), tuned in {len(rows)} ways", x=0.01, ha="left", fontsize=12)
+    figure.suptitle(f"One detector ({setting}), {len(rows)} fine-tuning methods", x=0.01, ha="left", fontsize=12)
     measured = f"{result['device']}, {result['precision']}, {result['date']}."
     if any("ap50_of_full" in row for row in rows):
         measured = f"(%) is the share of full fine-tuning. {measured}"
@@ -99,9 +107,10 @@ def ledgers_figure(books: dict[str, Ledger], title: str) -> Figure:
     return _memory(rows, title)
 
 
+@STYLE
+@FONTS
 def _memory(rows: list[dict], title: str) -> Figure:
     names = [row["method"] for row in rows]
-    sns.set_theme(style="white", font_scale=0.9)
     figure = Figure(figsize=(12, max(3.4, 0.45 * len(rows) + 1.8)), dpi=DPI)
     bars, curves = figure.subplots(1, 2, width_ratios=(1.15, 1))
     start = [0.0] * len(rows)
@@ -138,39 +147,11 @@ def _memory(rows: list[dict], title: str) -> Figure:
     return figure
 
 
-def growth_figure(measured: dict) -> Figure:
-    """Peak and time of a training step over depth, image size and batch.
-
-    Args:
-        measured: Per axis, ``{"rows": [{axis: value, "method", "step", "peak", ...}, ...], ...}``.
-    """
-    sns.set_theme(style="white", font_scale=0.9)
-    panels = (("peak", "peak, MiB", MIB), ("step", "seconds per step", 1))
-    figure = Figure(figsize=(4.2 * len(measured), 6.4), dpi=DPI)
-    axes = figure.subplots(2, len(measured), squeeze=False)
-    for column, (label, table) in zip(axes.T, measured.items(), strict=True):
-        names = list(dict.fromkeys(row["method"] for row in table["rows"]))
-        for axis, (key, _, unit) in zip(column, panels, strict=True):
-            for name, style in zip(names, _styles(names), strict=True):
-                rows = [row for row in table["rows"] if row["method"] == name]
-                axis.plot(
-                    [row[label] for row in rows], [row[key] / unit for row in rows], "o", label=name, ms=3.5, **style
-                )
-            axis.set_xticks([row[label] for row in rows])
-            axis.set_ylim(0)
-            sns.despine(ax=axis)
-        column[1].set_xlabel(label)
-    for axis, (_, title, _) in zip(axes[:, 0], panels, strict=True):
-        axis.set_ylabel(title)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="upper center", ncols=len(labels), frameon=False)
-    figure.text(0.01, 0.01, f"{table['device']}, {table['precision']}, {table['date']}.", fontsize=8, color="0.4")
-    figure.tight_layout(rect=(0, 0.02, 1, 0.95))
-    return figure
-
-
+@STYLE
+@FONTS
 def trade_offs(studies: dict, metrics: dict[str, str]) -> Figure | None:
-    """Accuracy over memory, trained parameters and time: a row of panels per study, a point with its interval per way.
+    """Accuracy over memory, trained parameters and time: a row of panels per study, a point with its
+    interval per method.
 
     Args:
         studies: Of :func:`e3va_lite.experiments.report.summarise`.
@@ -184,7 +165,6 @@ def trade_offs(studies: dict, metrics: dict[str, str]) -> Figure | None:
         return None
     axes_of = (("peak", MIB, "peak of a training step, MiB"), ("trainable", 1e3, "trained in the backbone, thousands"))
     axes_of += (("seconds_of_full", 1, "time of a training step, of full"),)
-    sns.set_theme(style="white", font_scale=0.9)
     figure = Figure(figsize=(13, 3.6 * len(present)), dpi=DPI)
     axes = figure.subplots(len(present), 3, squeeze=False, sharey="row")
     for row, (study, arms) in zip(axes, present.items(), strict=True):
@@ -214,8 +194,11 @@ def trade_offs(studies: dict, metrics: dict[str, str]) -> Figure | None:
     return figure
 
 
+@STYLE
+@FONTS
 def neighbours_figure(arms: dict, costs: dict) -> Figure | None:
-    """Accuracy in miniature over the price at full size and over trained parameters, a point with its interval per way.
+    """Accuracy in miniature over the price at full size and over trained parameters, a point with its
+    interval per method.
 
     Args:
         arms: A study of :func:`e3va_lite.experiments.report.summarise`.
@@ -236,7 +219,6 @@ def neighbours_figure(arms: dict, costs: dict) -> Figure | None:
         (f"time of a training step, of full\n({model})", lambda row, arm: row["of_full"]["step"]),
         ("trained in the backbone, thousands\n(in miniature)", lambda row, arm: arm["trainable"] / 1e3),
     )
-    sns.set_theme(style="white", font_scale=0.9)
     figure = Figure(figsize=(13, 4.4), dpi=DPI)
     axes = figure.subplots(1, 3, sharey=True)
     for axis, (label, place) in zip(axes, panels, strict=True):
@@ -276,10 +258,11 @@ def _stretched(place: float, bounds: list[float]) -> float:
 
 def table_figures(tables: dict) -> Iterator[tuple[str, Figure]]:
     """What ``e3va tables`` prints, as far as its tables are there: names out of :data:`TABLE_FIGURES`, and figures."""
-    sns.set_theme(style="white", font_scale=0.9)
     for name, draw in zip(TABLE_FIGURES, (_savings, _hours, _figure1), strict=True):
-        if (figure := draw(tables)) is not None:
-            figure.tight_layout()
+        with STYLE, FONTS:
+            if (figure := draw(tables)) is not None:
+                figure.tight_layout()
+        if figure is not None:
             yield name, figure
 
 

@@ -129,6 +129,46 @@ def test_the_block_is_coloured_as_it_is_traced(spec, passes, trains):
             assert travelled(parts[name]) == ({source, target} <= set(passes))
 
 
+V2 = "swinv2_tiny_window8_256"
+
+
+@pytest.mark.parametrize("spec", ["full", "adapter", "adaptformer", "e3va"])
+def test_a_swin_v2_norms_behind_its_attention(spec):
+    live = on_meta(spec, V2)[0]
+    figure = diagrams.figure5({spec: live}, IMAGE)
+    legible(figure)
+    parts = shapes(figure)
+    assert {"l>attn", "attn>norm1", "sum1>mlp", "mlp>norm2"} <= set(parts)
+    assert not {"norm1>attn", "norm2>mlp", "attn>sum1", "attn>a1"} & set(parts)
+    assert (f"norm1>{'sum1' if spec in ('full', 'adaptformer') else 'a1'}") in parts
+    assert travelled(parts["l"]) == (spec != "e3va")
+    for draw in (diagrams.figure1, *([diagrams.figure3] if spec == "e3va" else [])):
+        legible(draw({spec: live}, IMAGE))
+
+
+@pytest.mark.parametrize("name", [NAME, V2])
+def test_the_gradient_of_the_last_block_alone_ends_in_it(name):
+    last = trace(on_meta("partial1", name)[0], IMAGE).blocks[-1]
+    assert not last.stream_reached and not last.input_reached
+
+
+@pytest.mark.parametrize(
+    ("draw", "spec", "name", "options", "sentence"),
+    [
+        *((draw, "lst", NAME, {}, "not for lst on") for draw in ("figure1", "figure2", "figure3", "figure5")),
+        ("figure5", "losa", NAME, {}, "not for losa on"),
+        ("figure5", "e3va", "vit_tiny_patch16_224", {}, "not for e3va on vit_tiny_patch16_224"),
+        ("figure5", "full", NAME, {"stage": 5}, "full has no stage 5: take one from 1 to 4"),
+        ("figure3", "e3va", NAME, {"stage": 0}, "e3va has no stage 0"),
+    ],
+)
+def test_what_is_not_drawn_is_one_sentence(draw, spec, name, options, sentence):
+    live = on_meta(spec, name)[0]
+    live = live if draw == "figure2" else {spec: live}
+    with pytest.raises(InputError, match="not for this model on" if draw == "figure2" else sentence):
+        getattr(diagrams, draw)(live, IMAGE, **options)
+
+
 def test_arrows_turn_where_the_gradient_goes():
     full, e3va = (shapes(diagrams.figure5({spec: backbone(spec)}, IMAGE)) for spec in ("full", "e3va"))
     for parts, back in ((full, True), (e3va, False)):

@@ -1,13 +1,15 @@
 """No gradient reaches the backbone: the proofs hold where they must, fail where they must, and catch planted leaks."""
 
+import collections
 import contextlib
+import dataclasses
 import types
 
 import pytest
 import torch
 from torch import nn
 
-from e3va_lite import IsolationError, assert_isolated, build_backbone
+from e3va_lite import InputError, IsolationError, assert_isolated, build_backbone, trace
 from e3va_lite.analysis.isolation import parameters_with_grad, random_functional, reached_by_graph
 from e3va_lite.backbones.swin import embed, f_p1, f_p2
 from tests.methods.test_registry import FAMILY
@@ -48,7 +50,7 @@ def test_fixed_with_trained_norms_is_isolated(images, device):
         ("full", "parameter trunk.layers.2.blocks.0.attn.qkv.weight got a gradient"),
         ("adapter", "the graph passes module trunk.layers.2.blocks.0.mlp.fc1"),
         ("lora", "the graph passes module trunk.layers.2.blocks.0.attn.qkv"),
-        ("bitfit", "parameter trunk.layers.2.blocks.0.mlp.fc1.bias was moved by the optimiser"),
+        ("bitfit", "parameter trunk.layers.2.blocks.0.mlp.fc1.bias was moved by the optimizer"),
     ],
 )
 def test_methods_that_run_through_the_backbone_fail(method, evidence, images, device):
@@ -215,7 +217,77 @@ def test_leak_gradient_through_a_frozen_layer_of_somebodys_own_model(images, dev
 def test_a_trainable_parameter_that_cannot_move_is_reported(model, images):
     with torch.no_grad():  # the saddle: both factors of U zero
         model.adapters[0][0][0].up.t.zero_()
-    caught(model, images, "trainable parameter adapters.0.0.0.up.t did not move")
+    caught(model, images, "no gradient reaches", "parameter adapters.0.0.0.up.t did not move in 3 steps: its gradient")
+
+
+# Other people's models: heads that are not used, keyword arguments, outputs in structures.
+
+
+@dataclasses.dataclass
+class Output:
+    maps: dict
+    loss: torch.Tensor | None = None
+
+
+class Classifier(nn.Module):
+    """A frozen encoder and a head, called by keyword; ``leak`` trains a layer before the encoder."""
+
+    def __init__(self, output, leak=False, unused=False):
+        super().__init__()
+        self.first = nn.Linear(6, 6).requires_grad_(leak)
+        self.encoder, self.head = nn.Linear(6, 6).requires_grad_(False), nn.Linear(6, 2)
+        self.unused = nn.Linear(6, 2) if unused else None
+        self.output = output
+
+    def forward(self, *, pixels, scale=1.0):
+        return self.output(self.head(self.encoder(self.first(scale * pixels))))
+
+
+OUTPUTS = {
+    "dict": lambda x: {"logits": x},
+    "mapping": lambda x: collections.UserDict(logits=x),
+    "dataclass": lambda x: Output({"last": [x]}),
+    "named tuple": lambda x: collections.namedtuple("Pair", "logits attention")(x, None),
+}
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_keyword_arguments_and_structured_outputs(output):
+    model, pixels = Classifier(OUTPUTS[output]), torch.randn(3, 6)
+    assert_isolated(model, pixels=pixels, scale=2.0, backbone="encoder")
+    assert trace(model, pixels=pixels, scale=2.0, backbone="encoder").longest_path == 3  # the head's, the loss's two
+    with pytest.raises(IsolationError, match=r"may pass in an attribute `passed_by_design`\):\n  the graph passes"):
+        assert_isolated(Classifier(OUTPUTS[output], leak=True), pixels=pixels, backbone="encoder")
+
+
+def test_an_unused_parameter_is_called_that():
+    model = Classifier(OUTPUTS["dict"], unused=True)
+    with pytest.raises(IsolationError) as error:
+        assert_isolated(model, pixels=torch.randn(3, 6), backbone="encoder")
+    assert str(error.value).splitlines() == [
+        "no gradient reaches the backbone, but not all of the rest is trained (freeze what is not used):",
+        "  trainable parameter unused.weight did not move in 3 steps: the loss does not depend on it",
+        "  trainable parameter unused.bias did not move in 3 steps: the loss does not depend on it",
+    ]
+    model.unused.requires_grad_(False)
+    assert_isolated(model, pixels=torch.randn(3, 6), backbone="encoder")
+
+
+@pytest.mark.parametrize(
+    ("output", "options", "sentence"),
+    [
+        (lambda x: object(), {}, "no float tensor was found in the output, a object: pass loss="),
+        (
+            lambda x: x,
+            {"loss": lambda x: x},
+            r"the loss \(Tensor \(3, 2\)\) does not require a gradient, or is no single",
+        ),
+        (lambda x: x.detach(), {}, "does not require a gradient"),
+    ],
+)
+def test_what_cannot_be_a_loss_is_one_sentence(output, options, sentence):
+    with pytest.raises(InputError, match=sentence):
+        assert_isolated(Classifier(output), pixels=torch.randn(3, 6), backbone="encoder", **options)
 
 
 # The fast highway is one node of the graph: what its backward pass does is watched operator by operator.
