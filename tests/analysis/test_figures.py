@@ -74,7 +74,7 @@ def test_a_place_that_cannot_be_written_is_said_before_anything_is_computed(plac
     monkeypatch.setattr("e3va_lite.analysis.cost.memory_table", lambda *_: pytest.fail("computed first"))
     arguments = ["memory", "--recipe", "voc-nano", "--dry-run", "--size", "64x64", "--figure", str(places / place)]
     error = CliRunner().invoke(cli, arguments).exception
-    assert isinstance(error, InputError) and str(places / place) in str(error) and "\n" not in str(error)
+    assert isinstance(error, InputError) and Path(place).name in str(error) and "\n" not in str(error)
 
 
 @pytest.mark.parametrize("command", ["gradpath", "tables"])
