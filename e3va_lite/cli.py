@@ -551,18 +551,20 @@ def shapes(out, layout, train_images, val_images, size, world, seed, overwrite) 
 def check(recipe, root, settings, shown) -> None:
     """Walk the dataset ROOT of RECIPE before a week of training does, both splits, every file.
 
+    Says what the files were understood to hold: images, classes and where their names come from, objects of each.
     Exit status 1 if training would stop at something; what training would only leave out, or not mind, is printed too.
     """
-    from .datasets.check import report
+    from .datasets.check import check_dataset, report
     from .tasks.registry import task_module
 
     loaded = _recipe(recipe, settings)
-    fatal = False
-    for split in dict.fromkeys((loaded.train_split, loaded.eval_split)):
-        problems = task_module(loaded.task).check(loaded, root, split)
-        fatal = fatal or any(problem.fatal for problem in problems)
+    found = check_dataset(loaded, root, task_module(loaded.task).check)
+    for split, problems in found.items():
         click.echo(f"split '{split}':")
+        for line in problems.contents.summary() if problems.contents else ():
+            click.echo(line)
         click.echo(report(problems, shown) or "  nothing found")
+    fatal = any(problem.fatal for problems in found.values() for problem in problems)
     click.echo("training would stop." if fatal else "training would go through.")
     sys.exit(fatal)
 

@@ -38,7 +38,8 @@ class Recipe:
     # data
     train_split: str = "train"
     eval_split: str = "val"
-    classes: list[str] | None = None  # without: what the dataset says of itself
+    classes: list[str] | None = None  # objects of others are left out; without: what the dataset says of itself
+    max_megapixels: float = 179.0  # larger images are refused
     # training
     epochs: int | None = None
     steps: int | None = None
@@ -62,8 +63,11 @@ class Recipe:
 
 @dataclass(frozen=True, kw_only=True)
 class VOCRecipe(Recipe):
-    """RetinaNet on a Pascal VOC-shaped folder."""
+    """RetinaNet on a Pascal VOC-shaped folder, or on a COCO-shaped one, if ``annotations`` ends in ``.json``."""
 
+    images: str = "JPEGImages"  # folder below the root
+    annotations: str = "Annotations"  # folder of XML files; or COCO's file, where masks are not needed
+    listing: str | None = None  # file that lists the names of a split; without: ImageSets/Main/{split}.txt
     fpn_channels: int = 256
     anchor_base: float = 4.0  # side of a level's smallest anchor, in strides
     min_size: int = 600
@@ -96,6 +100,7 @@ class ADE20KRecipe(Recipe):
     listing: str | None = None  # file below the root that lists the names of a split; without: all in the folder
     image_suffix: str = ".jpg"
     mask_suffix: str = ".png"
+    values: dict | None = None  # other meanings of mask values, e.g. {255: 1}
     ignore: int = 0  # mask value that is no class; below it classes keep their place, above it they move down by one
     head_channels: int = 512
     scale: list[int] = field(default_factory=lambda: [2048, 512])  # long and short side that an image is fitted into
@@ -198,7 +203,8 @@ def _as(kind: object, value: object, key: str) -> object:
         if isinstance(value, plain) and not (plain is int and isinstance(value, bool)):
             return value
     wanted = " or ".join(getattr(choice, "__name__", str(choice)) for choice in choices).replace("NoneType", "null")
-    raise InputError(f"recipe field {key}={value!r} must be of type {wanted}.")
+    hint = ": put it into quotes" if kind is str and isinstance(value, bool | int | float) else ""  # YAML's no, 1
+    raise InputError(f"recipe field {key}={value!r} must be of type {wanted}{hint}.")
 
 
 def _check(recipe: Recipe) -> None:

@@ -7,9 +7,9 @@ import numpy as np
 from pycocotools import mask as coco_mask
 from torch import nn
 
-from ..datasets.check import Problem
-from ..datasets.coco import COCOInstances, average_precision, category_names, find_problems
-from ..errors import InputError
+from ..datasets.check import Findings
+from ..datasets.coco import COCOInstances, average_precision, find_problems
+from ..datasets.images import Limits
 from ..recipes.schema import COCORecipe
 
 METRIC = "box_ap"
@@ -33,6 +33,8 @@ def dataset(
         train=train,
         strict=strict,
         crop=recipe.crop,
+        drop_others=recipe.classes is not None,
+        limits=Limits(recipe.max_megapixels, recipe.max_size),
     )
 
 
@@ -93,12 +95,6 @@ def summary(records: list[list[dict]], dataset: COCOInstances) -> dict:
     return {**numbers, "by_class": by_class}
 
 
-def check(recipe: COCORecipe, root: Path, split: str) -> list[Problem]:
-    """Everything that is wrong with the files of a split; its classes have to be those of the training split."""
-    classes = recipe.classes
-    if classes is None and split != recipe.train_split:
-        try:
-            classes = category_names(root, recipe.train_split, recipe.annotations)
-        except InputError:  # the training split's own check says what is wrong there
-            classes = None
-    return find_problems(root, split, images=recipe.images, annotations=recipe.annotations, classes=classes)
+def check(recipe: COCORecipe, root: Path, split: str) -> Findings:
+    """See :func:`e3va_lite.datasets.coco.find_problems`."""
+    return find_problems(recipe, root, split)

@@ -4,13 +4,12 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import Dataset
 
-from ..datasets.check import Problem
-from ..datasets.voc import VOCDetection, class_names, find_problems
-from ..errors import InputError
+from ..datasets import coco, voc
+from ..datasets.check import Findings
+from ..datasets.images import Limits
 from ..recipes.schema import VOCRecipe
 from .retinanet import build_retinanet
 from .voc_metric import average_precision
@@ -26,38 +25,17 @@ def dataset(
     train: bool = False,
     strict: bool = False,
 ) -> Dataset:
-    """A split; with ``train``, half of the images are mirrored and ``difficult`` objects are left out."""
-    data = VOCDetection(root, split, classes, strict)
-    return _Training(data) if train else data
+    """A split; with ``train``, half of the images are mirrored and ``difficult`` objects are left out.
 
-
-class _Training(Dataset):
-    def __init__(self, dataset: VOCDetection) -> None:
-        self.dataset, self.classes = dataset, dataset.classes
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, dict]:
-        image, target = self.dataset[index]
-        target = _clear(target)
-        return mirror(image, target) if torch.rand(()) < 0.5 else (image, target)
-
-
-def _clear(target: dict) -> dict:
-    """Without the ``difficult`` objects: the metric does not ask for them, and training does not teach them."""
-    keep = ~target["difficult"]
-    return {**target, **{key: target[key][keep] for key in ("boxes", "labels", "difficult")}}
-
-
-def mirror(image: Tensor, target: dict) -> tuple[Tensor, dict]:
-    """Left and right exchanged: image (3, H, W) and boxes (N, 4)."""
-    width = image.shape[-1]
-    boxes = target["boxes"]
-    return image.flip(-1), {
-        **target,
-        "boxes": torch.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], 1),
-    }
+    Annotations that end in ``.json`` are COCO's: of these, boxes are read, and crowds are difficult objects.
+    """
+    common = {"train": train, "strict": strict, "drop_others": recipe.classes is not None}
+    limits = Limits(recipe.max_megapixels, recipe.max_size)
+    if recipe.annotations.endswith(".json"):
+        places = {"images": recipe.images, "annotations": recipe.annotations}
+        return coco.COCOInstances(root, split, classes=classes, **places, **common, boxes_only=True, limits=limits)
+    folders = voc.Folders(recipe.images, recipe.annotations, recipe.listing)
+    return voc.VOCDetection(root, split, classes, **common, folders=folders, limits=limits)
 
 
 def model(recipe: VOCRecipe, backbone: nn.Module, num_classes: int) -> nn.Module:
@@ -78,7 +56,7 @@ def record(prediction: dict, target: dict) -> tuple[dict, dict]:
     return detections, {key: target[key] for key in ("boxes", "labels", "difficult")}
 
 
-def summary(records: list[tuple[dict, dict]], dataset: VOCDetection) -> dict:
+def summary(records: list[tuple[dict, dict]], dataset: Dataset) -> dict:
     """AP at IoU .5 over eleven and over all points; None for a class that the split does not show."""
     ap = average_precision([p for p, _ in records], [t for _, t in records], len(dataset.classes))
 
@@ -97,12 +75,8 @@ def _plain(value: float) -> float | None:
     return None if math.isnan(value) else round(float(value), 4)
 
 
-def check(recipe: VOCRecipe, root: Path, split: str) -> list[Problem]:
-    """Everything that is wrong with the files of a split; its classes have to be those of the training split."""
-    classes = recipe.classes
-    if classes is None and split != recipe.train_split:
-        try:
-            classes = class_names(root, recipe.train_split)
-        except InputError:  # the training split's own check says what is wrong there
-            classes = None
-    return find_problems(root, split, classes)
+def check(recipe: VOCRecipe, root: Path, split: str) -> Findings:
+    """Everything that is wrong with the files of a split, see the data sets' ``find_problems``."""
+    if recipe.annotations.endswith(".json"):
+        return coco.find_problems(recipe, root, split, boxes_only=True)
+    return voc.find_problems(recipe, root, split)
