@@ -569,6 +569,25 @@ def check(recipe, root, settings, shown) -> None:
     sys.exit(fatal)
 
 
+@data.command()
+@click.argument("recipe")
+@click.argument("root", type=PATH)
+@settings
+@click.option("--share", default=0.2, show_default=True, type=click.FloatRange(0, 1), help="Held out for evaluation.")
+@click.option("--seed", default=0, show_default=True, help="Draws other images.")
+@click.option("--source", help="The COCO file below ROOT to divide.  [default: the only one there]")
+@overwrite
+def split(recipe, root, settings, share, seed, source, overwrite) -> None:
+    """Divide the images of ROOT, which has no lists, into the two splits of RECIPE; nothing is moved."""
+    from .datasets.split import split_dataset
+
+    loaded = _recipe(recipe, settings)
+    for file, names in split_dataset(loaded, root, share, seed, source, overwrite).items():
+        click.echo(f"saved: {file}, {len(names)} images")
+    if loaded.task == "ade20k" and loaded.listing is None:
+        click.echo("train and check with the same --set, and --set 'listing={split}.txt'")
+
+
 def _recipe(name: str, settings: tuple[str, ...], task: str | None = None):
     from .recipes.schema import load_recipe
 

@@ -90,9 +90,10 @@ class Contents:
 
     def summary(self) -> list[str]:
         """Lines of text: images, classes with their source, targets of each, and what is left out."""
-        shown = ", ".join(f"{name} {self.taught[name]:,}" for name in self.classes)
+        shown = ", ".join(f"{name} {self.taught[name]:,}" for name in self.classes if self.taught[name])
+        absent = sum(not self.taught[name] for name in self.classes)
         lines = [f"  {len(self.images):,} images, {self.taught.total():,} {self.unit}"]
-        lines.append(f"  {len(self.classes)} classes, {self.source}: {shown}")
+        lines.append(f"  {len(self.classes)} classes, {self.source}: {shown}{f'; {absent} without any' * bool(absent)}")
         reasons: dict[str, Counter] = defaultdict(Counter)
         for (name, reason), count in self.left_out.items():
             reasons[reason][name] += count
@@ -139,19 +140,27 @@ def check_dataset(recipe, root: Path, check: Callable[..., Findings]) -> dict[st
     return splits
 
 
-def _copies(images: dict[str, list[Path]]) -> list[Problem]:
-    """Different files of the same bytes, within a split and across splits."""
-    splits = {Path(_real(path)): split for split, paths in images.items() for path in paths if os.path.isfile(path)}
-    by_size = defaultdict(list)
-    for path in splits:
-        by_size[path.stat().st_size].append(path)
+def first_of_copies(paths: Iterable[Path]) -> dict[Path, Path]:
+    """For files that have the same bytes as an earlier one: that one. Links to one file are no copies."""
+    by_size = defaultdict(dict)
+    for path in paths:
+        by_size[path.stat().st_size].setdefault(_real(path), path)
     first: dict[str, Path] = {}
-    problems = []
-    for path in (path for paths in by_size.values() if len(paths) > 1 for path in paths):
+    copies = {}
+    for path in (path for alike in by_size.values() if len(alike) > 1 for path in alike.values()):
         other = first.setdefault(hashlib.sha256(path.read_bytes()).hexdigest(), path)
         if other is not path:
-            within = "within a split" if splits[other] == splits[path] else "across splits"
-            problems.append(Problem(f"images that are copies of another file, {within}", f"{path} of {other}", False))
+            copies[path] = other
+    return copies
+
+
+def _copies(images: dict[str, list[Path]]) -> list[Problem]:
+    """Different files of the same bytes, within a split and across splits."""
+    splits = {path: split for split, paths in images.items() for path in paths if os.path.isfile(path)}
+    problems = []
+    for path, other in first_of_copies(splits).items():
+        place = "within a split" if splits[other] == splits[path] else "across splits"
+        problems.append(Problem(f"images that are copies of another file, {place}", f"{path} of {other}", False))
     return problems
 
 
@@ -175,12 +184,19 @@ def _alike(counts: Counter) -> list[tuple[str, str]]:
     return pairs
 
 
-def clean_box(sides: tuple[float, ...], size: tuple[int, int], empty: bool) -> tuple[tuple[float, ...] | None, str]:
-    """A box (x1, y1, x2, y2) cut to its image, None if it is to be dropped; and what had to be done, or nothing."""
+def is_relative(*sides: float) -> bool:
+    """Whether a box, with its sides as in the file, seems to be given in shares of its image, not in pixels."""
+    return max(sides) <= 1 and not all(float(side).is_integer() for side in sides)
+
+
+def clean_box(sides: tuple[float, ...], size: tuple[int, int], wrong: str) -> tuple[tuple[float, ...] | None, str]:
+    """A box (x1, y1, x2, y2) cut to its image, None if it is to be dropped; and what had to be done, or nothing.
+
+    ``wrong`` says that the box cannot be used, by a reason; else it is empty.
+    """
+    if wrong:
+        return None, wrong
     box = tuple(float(min(max(side, 0), end)) for side, end in zip(sides, (*size, *size), strict=True))
-    if empty:
-        relative = max(sides) <= 1 and any(side != int(side) for side in sides)
-        return None, RELATIVE if relative else ZERO
     if min(box[2] - box[0], box[3] - box[1]) < SMALLEST_SIDE:
         return None, OUTSIDE
     reaching = max(abs(cut - side) for cut, side in zip(box, sides, strict=True)) >= 1

@@ -46,6 +46,7 @@ from .check import (
     Problem,
     clean_box,
     counted,
+    is_relative,
     repeated,
 )
 from .images import LIMITS, SUFFIXES, Limits, harmless_findings, read_header, read_image
@@ -351,7 +352,7 @@ def _unnamed(root: Path, folder: Path, annotations: str, named: set[Path]) -> li
     left = {p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p not in named}
     for path in sorted(root.glob(annotations.replace("{split}", "*"))) if left else ():
         with contextlib.suppress(InputError):
-            entries = _content(path)["images"]
+            entries = read_content(path)["images"]
             left -= {folder / str(entry.get("file_name")) for entry in entries if isinstance(entry, dict)}
     return sorted(left)
 
@@ -383,7 +384,7 @@ class _File:
         self.problems: list[Problem] = []
         self.left_out: Counter = Counter()
         self.groups: set[str] = set()
-        self.content = _content(self.path)
+        self.content = read_content(self.path)
         self.names = self._categories(self.content["categories"])
         self.classes = list(classes) if classes is not None else list(dict.fromkeys(self.names.values()))
         if len(set(self.classes)) < len(self.classes) or not self.classes:
@@ -540,8 +541,9 @@ class _File:
     ) -> tuple[float, ...] | None:
         """The box as training sees it, if it does."""
         x, y, w, h = bbox
-        relative = max(x + w, y + h) <= 1 and not all(float(side).is_integer() for side in bbox)
-        box, kind = clean_box((x, y, x + w, y + h), image.size, empty=min(w, h) < SMALLEST_SIDE or relative)
+        sides = (x, y, x + w, y + h)
+        wrong = ZERO if min(w, h) < SMALLEST_SIDE else ""
+        box, kind = clean_box(sides, image.size, RELATIVE if is_relative(*bbox, *sides) else wrong)
         if box is not None and pixels == 0:
             box, kind = None, EMPTY
         if kind:
@@ -603,7 +605,12 @@ def _annotation_file(root: Path, split: str, annotations: str) -> Path:
     return path
 
 
-def _content(path: Path) -> dict[str, list]:
+def read_content(path: Path) -> dict[str, list]:
+    """An annotation file with its three lists, otherwise unchecked.
+
+    Raises:
+        InputError: If it is none.
+    """
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, OSError, RecursionError) as error:

@@ -36,6 +36,7 @@ from .check import (
     bad_file,
     clean_box,
     counted,
+    is_relative,
     repeated,
 )
 from .images import LIMITS, Limits, files_by_name, harmless_findings, read_header, read_image, read_list
@@ -325,7 +326,8 @@ class _Walk:
         """The box within its image, or None if it is to be dropped."""
         x1, y1, x2, y2 = box
         # A box that is one pixel wide has x2 = x1 + 1, but nothing real is: annotators' slips are.
-        cut, kind = clean_box(box, size, empty=x2 - x1 <= 1 or y2 - y1 <= 1)
+        wrong = ZERO if x2 - x1 <= 1 or y2 - y1 <= 1 else ""
+        cut, kind = clean_box(box, size, RELATIVE if is_relative(x1 + 1, y1 + 1, x2, y2) else wrong)
         if kind:
             self._note(kind, where)
         if cut is None:

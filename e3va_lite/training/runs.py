@@ -65,7 +65,7 @@ def train(
     eval_set = task.dataset(recipe, root, recipe.eval_split, train_set.classes, train=False, strict=strict)
     model = build_model(recipe, len(train_set.classes))
     about = {
-        "root": str(root),
+        "root": str(Path(root).resolve()),
         "classes": list(train_set.classes),
         "category_ids": getattr(train_set, "category_ids", None),
         "weights": fingerprint(model.backbone.body.trunk),
