@@ -648,20 +648,41 @@ def shapes(out, layout, train_images, val_images, size, world, seed, overwrite) 
 def check(recipe, root, settings, shown) -> None:
     """Walk the dataset ROOT of RECIPE before a week of training does, both splits, every file.
 
+    Says what the files were understood to hold: images, classes and where their names come from, objects of each.
     Exit status 1 if training would stop at something; what training would only leave out, or not mind, is printed too.
     """
-    from .datasets.check import report
+    from .datasets.check import check_dataset, report
     from .tasks.registry import task_module
 
     loaded = _recipe(recipe, settings)
-    fatal = False
-    for split in dict.fromkeys((loaded.train_split, loaded.eval_split)):
-        problems = task_module(loaded.task).check(loaded, root, split)
-        fatal = fatal or any(problem.fatal for problem in problems)
+    found = check_dataset(loaded, root, task_module(loaded.task).check)
+    for split, problems in found.items():
         click.echo(f"split '{split}':")
+        for line in problems.contents.summary() if problems.contents else ():
+            click.echo(line)
         click.echo(report(problems, shown) or "  nothing found")
+    fatal = any(problem.fatal for problems in found.values() for problem in problems)
     click.echo("training would stop." if fatal else "training would go through.")
     sys.exit(fatal)
+
+
+@data.command()
+@click.argument("recipe")
+@click.argument("root", type=PATH)
+@settings
+@click.option("--share", default=0.2, show_default=True, type=click.FloatRange(0, 1), help="Held out for evaluation.")
+@click.option("--seed", default=0, show_default=True, help="Draws other images.")
+@click.option("--source", help="The COCO file below ROOT to divide.  [default: the only one there]")
+@overwrite
+def split(recipe, root, settings, share, seed, source, overwrite) -> None:
+    """Divide the images of ROOT, which has no lists, into the two splits of RECIPE; nothing is moved."""
+    from .datasets.split import split_dataset
+
+    loaded = _recipe(recipe, settings)
+    for file, names in split_dataset(loaded, root, share, seed, source, overwrite).items():
+        click.echo(f"saved: {file}, {len(names)} images")
+    if loaded.task == "ade20k" and loaded.listing is None:
+        click.echo("train and check with the same --set, and --set 'listing={split}.txt'")
 
 
 def _recipe(name: str, settings: tuple[str, ...], task: str | None = None):

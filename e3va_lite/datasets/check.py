@@ -1,17 +1,24 @@
-"""What can be wrong with a dataset's files, found before training: shared by the checks of all layouts."""
+"""What a dataset on disk holds, what it would teach, and what is wrong with it: shared by all layouts."""
 
+import difflib
+import hashlib
 import os
-from collections.abc import Iterable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image
 
+from ..errors import InputError
+
 SMALLEST = 32  # pixels, the coarsest stride of a Swin
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow says of broken files
-THINNEST = 0.01  # pixels: a thinner box could lose its width to rounding when its image is resized
-EXIF_ORIENTATION = 0x0112
-TURNED = (5, 6, 7, 8)  # orientations that exchange width and height
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises for broken files
+SMALLEST_SIDE = 0.01  # pixels: a thinner box could lose its width to rounding when its image is resized
+ZERO, OUTSIDE = "boxes of zero area, dropped", "boxes outside their image, dropped"
+REACHING, SWAPPED = "boxes reaching out of their image, cut", "boxes with exchanged corners, swapped"
+RELATIVE = "boxes with coordinates in 0..1 instead of pixels, dropped"
 
 
 class Problem(NamedTuple):
@@ -22,37 +29,193 @@ class Problem(NamedTuple):
     fatal: bool
 
 
-def image_problems(path: Path, size: tuple[int, int] | None = None) -> list[Problem]:
-    """Everything about one image, read to its end.
+class BadFile(InputError):
+    """A file that cannot be used; ``problem`` is what a check of the files calls it."""
+
+    problem: Problem
+
+
+def bad_file(kind: str, where: str, message: str) -> BadFile:
+    """The error for a fatal problem."""
+    error = BadFile(message)  # one argument: worker processes send errors by pickle
+    error.problem = Problem(kind, where, True)
+    return error
+
+
+@dataclass
+class Contents:
+    """What a split holds, as training would see it."""
+
+    images: list[Path]
+    classes: list[str]
+    source: str  # where the class list comes from
+    taught: Counter  # targets by class, after all cleaning: objects, or images that show the class in their mask
+    left_out: Counter = field(default_factory=Counter)  # objects by (class, reason)
+    groups: set[str] = field(default_factory=set)  # names of supercategories
+    without_annotation: list[Path] = field(default_factory=list)  # image files that nothing names
+    hint: str = ""  # what helps if nothing is taught
+    unit: str = "objects"
+
+    def teaching_problems(self) -> list[Problem]:
+        """Classes that the split, used for training, would not teach; a fatal problem if it teaches none at all."""
+        reasons = Counter()
+        for (_, reason), count in self.left_out.items():
+            reasons[reason] += count
+        if not self.taught.total():
+            why = f"{reasons.total()} {self.unit} are left out ({_listed(reasons)})" if reasons else f"no {self.unit}"
+            return [Problem("training splits that teach nothing", f"{why}{self.hint}", True)]
+        problems = []
+        for name in (name for name in self.classes if not self.taught[name]):
+            why = Counter({reason: n for (other, reason), n in self.left_out.items() if other == name})
+            near = difflib.get_close_matches(name, {other for other, _ in self.left_out} - set(self.classes))
+            note = f" ({_listed(why)})" if why else f" (did you mean {near[0]}?)" if near else ""
+            note = " (a group of other classes: choose classes without it)" if name in self.groups else note
+            problems.append(Problem(f"classes without {self.unit} to learn from", f"{name}{note}", False))
+        for rare, common in _alike(self.taught):
+            where = f"{rare} ({self.taught[rare]}) and {common} ({self.taught[common]})"
+            problems.append(Problem("classes with nearly the same name", where, False))
+        return problems
+
+    def require_something_to_learn(self, where: str) -> list[str]:
+        """What a training set should warn of.
+
+        Raises:
+            InputError: If it teaches nothing.
+        """
+        problems = self.teaching_problems()
+        for problem in problems:
+            if problem.fatal:
+                raise InputError(f"there is nothing to train on in {where}: {problem.where}.")
+        return counted(problems, dict.fromkeys(problem.kind for problem in problems))
+
+    def summary(self) -> list[str]:
+        """Lines of text: images, classes with their source, targets of each, and what is left out."""
+        shown = ", ".join(f"{name} {self.taught[name]:,}" for name in self.classes if self.taught[name])
+        absent = sum(not self.taught[name] for name in self.classes)
+        lines = [f"  {len(self.images):,} images, {self.taught.total():,} {self.unit}"]
+        lines.append(f"  {len(self.classes)} classes, {self.source}: {shown}{f'; {absent} without any' * bool(absent)}")
+        reasons: dict[str, Counter] = defaultdict(Counter)
+        for (name, reason), count in self.left_out.items():
+            reasons[reason][name] += count
+        lines += [f"  left out, {reason}: {_listed(names)}" for reason, names in reasons.items()]
+        return lines
+
+
+class Findings(list):
+    """The problems of a split, and as ``contents`` what it holds; None where that cannot be known."""
+
+    def __init__(self, problems: Iterable[Problem] = (), contents: Contents | None = None) -> None:
+        super().__init__(problems)
+        self.contents = contents
+
+
+def check_dataset(recipe, root: Path, check: Callable[..., Findings]) -> dict[str, Findings]:
+    """The findings of a recipe's splits by name, and what only shows when they are seen together.
 
     Args:
-        path: Of the image.
-        size: Width and height that its annotation says, where training insists on them: of the pixels as stored, or
-            as EXIF wants them shown.
+        recipe: With ``train_split`` and ``eval_split``.
+        root: Folder of the dataset.
+        check: Of the recipe's task: it lists the findings of one split.
     """
-    if not os.path.isfile(path):
-        return [Problem("missing images", str(path), True)]
-    try:
-        with Image.open(path) as image:
-            image.load()
-            found, mode, orientation = image.size, image.mode, image.getexif().get(EXIF_ORIENTATION, 1)
-            if mode[0] not in "IF":
-                image.convert("RGB")  # as training will
-    except UNREADABLE as error:
-        return [Problem("images that cannot be read to their end", f"{path} ({error})", True)]
+    splits = {split: check(recipe, root, split) for split in dict.fromkeys((recipe.train_split, recipe.eval_split))}
+    train, held_out = splits[recipe.train_split], splits[recipe.eval_split]
+    if train.contents and not any(problem.fatal for problem in train):
+        train += train.contents.teaching_problems()
+    known = {split: found.contents.images for split, found in splits.items() if found.contents}
+    if train is held_out:
+        train.append(Problem("splits that are used for training and evaluation", recipe.train_split, False))
+    elif train.contents and held_out.contents:
+        both = {_real(path) for path in train.contents.images}
+        for path in held_out.contents.images:
+            if _real(path) in both:
+                held_out.append(Problem("images that the training split has, too", str(path), False))
+    held_out += _copies(known)
+    named = {_real(path) for paths in known.values() for path in paths}
+    unnamed = {p: None for found in splits.values() if found.contents for p in found.contents.without_annotation}
+    held_out += [
+        Problem("image files that no annotation names", str(path), False)
+        for path in unnamed
+        if _real(path) not in named
+    ]
+    return splits
+
+
+def first_of_copies(paths: Iterable[Path]) -> dict[Path, Path]:
+    """For files that have the same bytes as an earlier one: that one. Links to one file are no copies."""
+    by_size = defaultdict(dict)
+    for path in paths:
+        by_size[path.stat().st_size].setdefault(_real(path), path)
+    first: dict[str, Path] = {}
+    copies = {}
+    for path in (path for alike in by_size.values() if len(alike) > 1 for path in alike.values()):
+        other = first.setdefault(hashlib.sha256(path.read_bytes()).hexdigest(), path)
+        if other is not path:
+            copies[path] = other
+    return copies
+
+
+def _copies(images: dict[str, list[Path]]) -> list[Problem]:
+    """Different files of the same bytes, within a split and across splits."""
+    splits = {path: split for split, paths in images.items() for path in paths if os.path.isfile(path)}
     problems = []
-    if min(found) < SMALLEST:
-        problems.append(Problem(f"images smaller than {SMALLEST}x{SMALLEST}", f"{path} ({found[0]}x{found[1]})", True))
-    if mode[0] in "IF":  # converting these to RGB would make nearly all of it white
-        problems.append(Problem("images of more than 8 bits per channel", str(path), True))
-    elif mode != "RGB":
-        problems.append(Problem(f"images of mode {mode}, converted to RGB", str(path), False))
-    if orientation != 1:
-        problems.append(Problem("images rotated by EXIF", f"{path} (orientation {orientation})", False))
-    if size is not None and size != found and (orientation not in TURNED or size != found[::-1]):
-        sizes = f"{found[0]}x{found[1]}, not {size[0]}x{size[1]}"
-        problems.append(Problem("images of another size than their annotation says", f"{path} ({sizes})", True))
+    for path, other in first_of_copies(splits).items():
+        place = "within a split" if splits[other] == splits[path] else "across splits"
+        problems.append(Problem(f"images that are copies of another file, {place}", f"{path} of {other}", False))
     return problems
+
+
+def _real(path: Path) -> str:
+    try:
+        return os.path.realpath(path)
+    except (OSError, ValueError):  # no file can have that name
+        return str(path)
+
+
+def _alike(counts: Counter) -> list[tuple[str, str]]:
+    """Pairs of class names, the rarer first, that differ in case, signs or a slip of the pen."""
+    names = [name for name, count in counts.most_common() if count]
+    pairs = []
+    for place, common in enumerate(names):
+        for rare in names[place + 1 :]:
+            plain, other = ("".join(filter(str.isalnum, name.casefold())) for name in (common, rare))
+            slip = len(other) > 4 and counts[rare] * 20 <= counts[common]
+            if plain == other or (slip and difflib.SequenceMatcher(None, plain, other).ratio() > 0.85):
+                pairs.append((rare, common))
+    return pairs
+
+
+def is_relative(*sides: float) -> bool:
+    """Whether a box, with its sides as in the file, seems to be given in shares of its image, not in pixels."""
+    return max(sides) <= 1 and not all(float(side).is_integer() for side in sides)
+
+
+def clean_box(sides: tuple[float, ...], size: tuple[int, int], wrong: str) -> tuple[tuple[float, ...] | None, str]:
+    """A box (x1, y1, x2, y2) cut to its image, None if it is to be dropped; and what had to be done, or nothing.
+
+    ``wrong`` says that the box cannot be used, by a reason; else it is empty.
+    """
+    if wrong:
+        return None, wrong
+    box = tuple(float(min(max(side, 0), end)) for side, end in zip(sides, (*size, *size), strict=True))
+    if min(box[2] - box[0], box[3] - box[1]) < SMALLEST_SIDE:
+        return None, OUTSIDE
+    reaching = max(abs(cut - side) for cut, side in zip(box, sides, strict=True)) >= 1
+    return box, REACHING if reaching else ""
+
+
+def counted(problems: list[Problem], kinds: Iterable[str], short: Callable[[str], str] = str) -> list[str]:
+    """Per kind that occurs: how often, and its first three places, each made ``short``."""
+    lines = []
+    for kind in kinds:
+        places = [short(problem.where) for problem in problems if problem.kind == kind]
+        if places:
+            first = list(dict.fromkeys(places))
+            lines.append(f"{kind}: {len(places)} ({', '.join(first[:3])}{', ...' if len(first) > 3 else ''})")
+    return lines
+
+
+def _listed(counts: Counter) -> str:
+    return ", ".join(f"{name} {count:,}" for name, count in counts.most_common(10))
 
 
 def repeated(kind: str, places: Iterable[tuple[object, str]], fatal: bool = False) -> list[Problem]:

@@ -22,7 +22,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -32,14 +31,36 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ..errors import InputError
-from .check import EXIF_ORIENTATION, SMALLEST, THINNEST, TURNED, UNREADABLE, Problem, image_problems, repeated
+from .augment import mirror
+from .check import (
+    OUTSIDE,
+    REACHING,
+    RELATIVE,
+    SMALLEST,
+    SMALLEST_SIDE,
+    SWAPPED,
+    ZERO,
+    BadFile,
+    Contents,
+    Findings,
+    Problem,
+    clean_box,
+    counted,
+    is_relative,
+    repeated,
+)
+from .images import LIMITS, SUFFIXES, Limits, harmless_findings, read_header, read_image
+from .values import number, truth, whole
 
-ZERO, OUTSIDE = "boxes of zero area, dropped", "boxes outside their image, dropped"
-REACHING, EMPTY = "boxes reaching out of their image, cut", "objects without a pixel in their mask, dropped"
+EMPTY = "objects without a pixel in their mask, dropped"
 SHORT = "polygons of fewer than three points, left out"
-LEFT_OUT = (ZERO, OUTSIDE, EMPTY, REACHING, SHORT)  # what a dataset warns of
-FARTHEST = 1e5  # pixels: pycocotools walks along a polygon's sides, however far away they are
-LARGEST = 65535  # pixels, the largest side of a JPEG
+CORNERS = "boxes that fit their mask or image only as x1, y1, x2, y2, not as x, y, width, height"
+EXCHANGED = "boxes that fit their mask only with x and y exchanged"
+APART = "boxes far from their masks"
+UNCLEAR = "annotations whose 'iscrowd' is neither true nor false, taken for single objects"
+WARNED = (ZERO, RELATIVE, OUTSIDE, EMPTY, REACHING, SHORT, SWAPPED, CORNERS, EXCHANGED, APART, UNCLEAR)
+FARTHEST_POINT = 1e5  # pixels: pycocotools walks along a polygon's sides, however far away they are
+LARGEST_SIDE = 65535  # pixels, of a JPEG
 SHORT_SIDES, LONGEST = (400, 500, 600), 4200  # to which an image is resized before it is cropped
 CROP = (384, 600)  # smallest and largest side of a crop
 
@@ -51,8 +72,8 @@ class _Object(NamedTuple):
     crowd: bool
     bbox: list[float]  # x, y, width, height, as in the file
     area: float
-    runs: bytes  # the mask as compressed run lengths: a tenth of the memory that polygons take as Python lists
-    box: tuple[float, ...] | None  # x1, y1, x2, y2 within the image; None for what training does not see
+    runs: bytes | None  # the mask as compressed run lengths: a tenth of the memory that polygons take as Python lists
+    box: tuple[float, ...] | None  # x1, y1, x2, y2 within the image; None for what had to be dropped
 
 
 class _Image(NamedTuple):
@@ -75,9 +96,14 @@ class COCOInstances(Dataset):
     - ``image_id``, the JSON's integer, and ``file``, the image's path as text.
 
     Crowds are no targets, as is usual in training; the metric knows of them. Boxes of zero area, boxes outside their
-    image and objects with an empty mask are dropped, boxes that reach out are cut; one warning counts them. The metric
-    asks for all that the file has, as COCO's own tool does. If the JSON gives the size that an image has after EXIF's
-    rotation, the rotation is applied, and if it gives the size of the pixels as stored, it is not.
+    image and objects with an empty mask are dropped, boxes that reach out are cut, exchanged corners are swapped; one
+    warning counts them, and the boxes that do not fit their masks. The metric asks for all that the file has, as COCO's
+    own tool does. If the JSON gives the size that an image has after EXIF's rotation, the rotation is applied, and if
+    it gives the size of the pixels as stored, it is not.
+
+    With ``boxes_only`` the file needs no masks. Items are then those of
+    :class:`e3va_lite.datasets.voc.VOCDetection`: no ``masks``, and ``difficult``, bool (N,), which is true for crowds;
+    these are left out with ``train``. ``target(i)`` is the target without the image.
 
     Attributes:
         classes: Names, in the order of the labels.
@@ -93,10 +119,13 @@ class COCOInstances(Dataset):
         train: Mirror half of the images.
         strict: Raise an error where there would be the warning.
         crop: With ``train``, crop half of the images too.
+        boxes_only: Do without masks.
+        drop_others: Leave out objects of classes that are not in ``classes``, instead of raising an error.
+        limits: Of the images' sizes.
 
     Raises:
-        InputError: For a file or entry that is missing or cannot be used; for an image that is damaged, has more than
-            8 bits per channel or another size than the JSON says when it is loaded.
+        InputError: For a file or entry that is missing or cannot be used, or nothing to train on; for an image that is
+            damaged, has more than 8 bits per channel or another size than the JSON says when it is loaded.
     """
 
     def __init__(
@@ -110,36 +139,54 @@ class COCOInstances(Dataset):
         train: bool = False,
         strict: bool = False,
         crop: bool = False,
+        boxes_only: bool = False,
+        drop_others: bool = False,
+        limits: Limits = LIMITS,
     ) -> None:
-        file = _File(Path(root), split, annotations, classes)
+        file = _File(Path(root), split, annotations, classes, boxes_only, drop_others, limits)
         file.walk(Path(root) / images.replace("{split}", split))
         for problem in file.problems:
             if problem.fatal:
                 raise InputError(f"{problem.kind}, first {problem.where}: 'e3va data check' lists all to be corrected.")
         self.classes, self.category_ids = file.classes, file.category_ids()
-        self.train, self.crop = train, crop
+        self.train, self.crop, self.boxes_only, self.limits = train, crop, boxes_only, limits
         self._images = list(file.images.values())
-        if counts := [_count(file.problems, kind) for kind in LEFT_OUT if any(p.kind == kind for p in file.problems)]:
-            message = f"in '{file.path}', {'; '.join(counts)}"
-            if strict:
-                raise InputError(f"{message}. Correct the file, or go without strict.")
-            warnings.warn(message, stacklevel=2)
+        notes = counted(file.problems, WARNED)
+        if notes and strict:
+            raise InputError(f"in '{file.path}', {'; '.join(notes)}. Correct the file, or go without strict.")
+        if dropped := sum(count for (_, reason), count in file.left_out.items() if reason == "other classes"):
+            notes.append(f"objects of other classes, dropped: {dropped}")
+        if train:
+            notes += file.contents().require_something_to_learn(f"'{file.path}'")
+        if notes:
+            warnings.warn(f"in '{file.path}', {'; '.join(notes)}", stacklevel=2)
 
     def __len__(self) -> int:
         return len(self._images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict]:
         image = self._images[index]
-        pixels = torch.from_numpy(_pixels(image)).permute(2, 0, 1).contiguous().float() / 255
-        objects = [thing for thing in image.objects if thing.box is not None]
-        target = {
+        pixels = torch.from_numpy(_pixels(image, self.limits)).permute(2, 0, 1).contiguous().float() / 255
+        target = self.target(index)
+        if not self.boxes_only:
+            target["masks"] = torch.from_numpy(_masks(self._targets(image), *image.size))
+        return augment(pixels, target, self.crop) if self.train else (pixels, target)
+
+    def target(self, index: int) -> dict:
+        image = self._images[index]
+        objects = self._targets(image)
+        difficult = {"difficult": torch.tensor([thing.crowd for thing in objects], dtype=torch.bool)}
+        return {
             "boxes": torch.tensor([thing.box for thing in objects], dtype=torch.float32).reshape(-1, 4),
             "labels": torch.tensor([thing.label for thing in objects], dtype=torch.int64),
-            "masks": torch.from_numpy(_masks(objects, *image.size)),
+            **(difficult if self.boxes_only else {}),
             "image_id": image.id,
             "file": str(image.path),
         }
-        return augment(pixels, target, self.crop) if self.train else (pixels, target)
+
+    def _targets(self, image: _Image) -> list[_Object]:
+        crowds = self.boxes_only and not self.train
+        return [thing for thing in image.objects if thing.box is not None and (crowds or not thing.crowd)]
 
     def ground_truth(self) -> dict:
         """The split as COCO's own JSON has it, with crowds, for COCO's own tool.
@@ -159,7 +206,7 @@ class COCOInstances(Dataset):
                     "bbox": thing.bbox,
                     "area": thing.area,
                     "iscrowd": int(thing.crowd),
-                    "segmentation": _rle(thing.runs, *image.size),
+                    "segmentation": None if thing.runs is None else _rle(thing.runs, *image.size),
                 }
                 for image in self._images
                 for thing in image.objects
@@ -217,10 +264,7 @@ def augment(image: Tensor, target: dict, crop: bool) -> tuple[Tensor, dict]:
         target: With ``boxes`` (N, 4) and ``masks`` (N, H, W).
     """
     if torch.rand(()) < 0.5:
-        x1, y1, x2, y2 = target["boxes"].unbind(1)
-        width = image.shape[-1]
-        boxes = torch.stack([width - x2, y1, width - x1, y2], 1)
-        image, target = image.flip(-1), {**target, "boxes": boxes, "masks": target["masks"].flip(-1)}
+        image, target = mirror(image, target)
     if crop and torch.rand(()) < 0.5:
         short = SHORT_SIDES[int(torch.randint(len(SHORT_SIDES), ()))]
         image, target = _cropped(*_resized(image, target, short))
@@ -252,7 +296,7 @@ def _cropped(image: Tensor, target: dict) -> tuple[Tensor, dict]:
     low, high = torch.zeros(4), torch.tensor([width, height] * 2)
     boxes = (target["boxes"] - torch.tensor([left, top] * 2)).clamp(low, high)
     masks = target["masks"][window]
-    kept = masks.flatten(1).any(1).bool() & (boxes[:, 2:] - boxes[:, :2] >= THINNEST).all(1)
+    kept = masks.flatten(1).any(1).bool() & (boxes[:, 2:] - boxes[:, :2] >= SMALLEST_SIDE).all(1)
     new = {"boxes": boxes[kept], "labels": target["labels"][kept], "masks": masks[kept].contiguous()}
     return image[window].contiguous(), {**target, **new}
 
@@ -260,19 +304,28 @@ def _cropped(image: Tensor, target: dict) -> tuple[Tensor, dict]:
 # Reading -------------------------------------------------------------------------------------------------------------
 
 
-def find_problems(
-    root: Path | str, split: str, *, images: str, annotations: str, classes: Sequence[str] | None = None
-) -> list[Problem]:
-    """Everything that is wrong with the files of a split, every image read to its end; arguments as for the dataset."""
+def find_problems(recipe, root: Path | str, split: str, boxes_only: bool = False) -> Findings:
+    """Everything that is wrong with the files of a split, every image read to its end; and what the split holds.
+
+    Without ``recipe.classes``, the classes have to be those of the training split.
+    """
+    classes, source = recipe.classes, "of the recipe"
+    if classes is None and split != recipe.train_split:
+        with contextlib.suppress(InputError):  # the training split's own check says what is wrong there
+            classes = category_names(root, recipe.train_split, recipe.annotations)
+            source = f"of split '{recipe.train_split}'"
+    limits = Limits(recipe.max_megapixels, recipe.max_size)
+    folder = Path(root) / recipe.images.replace("{split}", split)
     try:
-        file = _File(Path(root), split, annotations, classes)
-        file.walk(Path(root) / images.replace("{split}", split))
+        drop_others = recipe.classes is not None
+        file = _File(Path(root), split, recipe.annotations, classes, boxes_only, drop_others, limits)
+        file.walk(folder)
     except InputError as error:
-        return [Problem("splits that cannot be used", str(error), True)]
+        return Findings([Problem("splits that cannot be used", str(error), True)])
     problems = list(file.problems)
     for image in tqdm(file.images.values(), f"check {split}", unit="image", delay=3):
         if os.path.isfile(image.path):  # else it is among the problems already
-            problems += image_problems(image.path, image.size)
+            problems += _image_problems(image, limits)
         if not image.objects:
             problems.append(Problem("images without objects", str(image.path), False))
         things = ((tuple(thing.bbox), thing.label) for thing in image.objects)
@@ -280,7 +333,31 @@ def find_problems(
     problems += repeated("images listed twice", ((image.path, str(image.path)) for image in file.images.values()))
     if not any(image.objects for image in file.images.values()):
         problems.append(Problem("annotation files without objects", str(file.path), False))
+    contents = file.contents(source if classes is not None else "categories of the file, by their ids")
+    contents.without_annotation = _unnamed(Path(root), folder, recipe.annotations, {*contents.images})
+    return Findings(problems, contents)
+
+
+def _image_problems(image: "_Image", limits: Limits) -> list[Problem]:
+    try:
+        header = read_header(image.path, limits, decode=True)
+    except BadFile as error:
+        return [error.problem]
+    problems = harmless_findings(header)
+    if header.size != image.size and not header.turned(image.size):
+        sizes = "{}x{}, not {}x{}".format(*header.size, *image.size)
+        problems.append(Problem("images of another size than their annotation says", f"{image.path} ({sizes})", True))
     return problems
+
+
+def _unnamed(root: Path, folder: Path, annotations: str, named: set[Path]) -> list[Path]:
+    """Image files in a folder that none of the annotation files names."""
+    left = {p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p not in named}
+    for path in sorted(root.glob(annotations.replace("{split}", "*"))) if left else ():
+        with contextlib.suppress(InputError):
+            entries = read_content(path)["images"]
+            left -= {folder / str(entry.get("file_name")) for entry in entries if isinstance(entry, dict)}
+    return sorted(left)
 
 
 def category_names(root: Path | str, split: str, annotations: str) -> list[str]:
@@ -295,10 +372,22 @@ def category_names(root: Path | str, split: str, annotations: str) -> list[str]:
 class _File:
     """One annotation file, walked through from the categories to the objects; what is wrong lands in ``problems``."""
 
-    def __init__(self, root: Path, split: str, annotations: str, classes: Sequence[str] | None) -> None:
+    def __init__(
+        self,
+        root: Path,
+        split: str,
+        annotations: str,
+        classes: Sequence[str] | None,
+        boxes_only: bool = False,
+        drop_others: bool = False,
+        limits: Limits = LIMITS,
+    ) -> None:
         self.path = _annotation_file(root, split, annotations)
+        self.boxes_only, self.drop_others, self.limits = boxes_only, drop_others, limits
         self.problems: list[Problem] = []
-        self.content = _content(self.path)
+        self.left_out: Counter = Counter()
+        self.groups: set[str] = set()
+        self.content = read_content(self.path)
         self.names = self._categories(self.content["categories"])
         self.classes = list(classes) if classes is not None else list(dict.fromkeys(self.names.values()))
         if len(set(self.classes)) < len(self.classes) or not self.classes:
@@ -321,6 +410,20 @@ class _File:
         new = itertools.count(max(ids.values(), default=0) + 1)
         return [ids[name] if name in ids else next(new) for name in self.classes]
 
+    def contents(self, source: str = "as given") -> Contents:
+        """What the split holds, after the walk."""
+        taught = Counter(
+            self.classes[thing.label - 1]
+            for image in self.images.values()
+            for thing in image.objects
+            if thing.box is not None and not thing.crowd
+        )
+        hint = ""
+        if any(reason == EMPTY for _, reason in self.left_out) and not self.boxes_only:
+            hint = ": boxes without masks can train a RetinaNet, with 'e3va train voc' and the same annotations"
+        images = [image.path for image in self.images.values()]
+        return Contents(images, self.classes, source, taught, self.left_out, self.groups & {*self.classes}, hint=hint)
+
     def _note(self, kind: str, where: str, fatal: bool = False) -> None:
         self.problems.append(Problem(kind, where, fatal))
 
@@ -339,7 +442,7 @@ class _File:
         """Names by id, in the order of the ids."""
         names: dict[int, str] = {}
         for place, entry in enumerate(entries):
-            if values := self._fields("categories", place, entry, id=_whole, name=_text):
+            if values := self._fields("categories", place, entry, id=whole, name=_text):
                 number, name = values
                 where = f"id {number}, '{name}', in '{self.path}'"
                 if number in names:
@@ -347,6 +450,7 @@ class _File:
                 elif name in names.values():
                     self._note("categories with a name that another one has", where, True)
                 names.setdefault(number, name)
+                self.groups.add(str(entry.get("supercategory")))
         if not names:
             raise InputError(f"'{self.path}' has no categories: add them.")
         return dict(sorted(names.items()))
@@ -355,7 +459,7 @@ class _File:
         """Images by id, as the file lists them."""
         images: dict[int, _Image] = {}
         for place, entry in enumerate(entries):
-            kinds = {"id": _whole, "file_name": _text, "width": _length, "height": _length}
+            kinds = {"id": whole, "file_name": _text, "width": _length, "height": _length}
             if values := self._fields("images", place, entry, **kinds):
                 number, name, *size = values
                 path = folder / name
@@ -368,61 +472,105 @@ class _File:
                 if min(size) < SMALLEST:
                     where = f"{path} ({size[0]}x{size[1]} in '{self.path}')"
                     self._note(f"images smaller than {SMALLEST}x{SMALLEST}", where, True)
+                elif max(size) >= self.limits.ratio * min(size):
+                    self._note("images too thin to be resized", f"{path} ({size[0]}x{size[1]})", True)
         if not entries:
             raise InputError(f"'{self.path}' lists no images: choose another split.")
         return images
 
     def _object(self, place: int, entry: object) -> None:
-        kinds = {"id": _whole, "image_id": _whole, "category_id": _whole, "bbox": _box, "segmentation": _shape}
+        kinds = {"id": whole, "image_id": whole, "category_id": whole, "bbox": _box}
+        if not self.boxes_only:
+            kinds["segmentation"] = _shape
         values = self._fields("annotations", place, entry, **kinds)
         if values is None:
             return
-        number, image_id, category_id, bbox, shape = values
-        where = f"annotation {number} in '{self.path}'"
-        if number in self.seen:
+        identity, image_id, category_id, bbox, *shape = values
+        where = f"annotation {identity} in '{self.path}'"
+        if identity in self.seen:
             self._note("annotations with an id that another one has", where, True)
-        self.seen.add(number)
+        self.seen.add(identity)
         image, name = self.images.get(image_id), self.names.get(category_id)
         if image is None:
             self._note("annotations of an unknown image", f"{where} (image {image_id})", True)
         if name is None:
             self._note("annotations of an unknown category", f"{where} (category {category_id})", True)
+        elif name not in self.labels and self.drop_others:
+            self.left_out[name, "other classes"] += 1
         elif name not in self.labels:
             known = ", ".join(self.classes[:5]) + (", ..." if len(self.classes) > 5 else "")
             self._note("annotations of an unknown class", f"{where} ('{name}'; known are {known})", True)
         if image is None or name not in self.labels:
             return
-        where = f"annotation {number} of {image.path.name}"
-        runs = self._runs(shape, image, where)
-        if runs is None:
+        where = f"annotation {identity} of {image.path.name}"
+        runs = self._runs(*shape, image, where) if shape else None
+        if shape and runs is None:
             return
-        pixels = int(coco_mask.area(_rle(runs, *image.size)))
-        area = entry.get("area")
-        if not _finite(area):
-            area = float(pixels)
+        crowd = self._crowd(entry.get("iscrowd"), where)
+        bbox = self._swapped(bbox, where)
+        pixels = None if runs is None else int(coco_mask.area(_rle(runs, *image.size)))
+        area = number(entry.get("area"))
+        if area is None:
+            area = float(bbox[2] * bbox[3] if pixels is None else pixels)
             self._note("annotations without 'area', counted from the mask", where)
-        if not isinstance(entry.get("iscrowd"), int):
-            self._note("annotations without 'iscrowd', taken for single objects", where)
-        crowd = bool(entry.get("iscrowd"))
-        box = None if crowd else self._inside(bbox, pixels, image, where)
+        box = None if crowd and not self.boxes_only else self._inside(name, bbox, pixels, image, where)
+        if crowd:
+            self.left_out[name, "crowds"] += 1
+        elif pixels and box is not None:
+            self._compare(bbox, runs, image, where)
+        elif self.boxes_only and box is not None:
+            (x, y, w, h), (width, height) = bbox, image.size
+            if (x + w > width + 1 or y + h > height + 1) and x < w <= width + 1 and y < h <= height + 1:
+                self._note(CORNERS, where)
         image.objects.append(_Object(self.labels[name], crowd, bbox, area, runs, box))
 
-    def _inside(self, bbox: list[float], pixels: int, image: _Image, where: str) -> tuple[float, ...] | None:
+    def _crowd(self, flag: object, where: str) -> bool:
+        if flag is None:
+            self._note("annotations without 'iscrowd', taken for single objects", where)
+        elif truth(flag) is None:
+            self._note(UNCLEAR, f"{where} ({flag!r})")
+        return truth(flag) is True
+
+    def _swapped(self, bbox: list[float], where: str) -> list[float]:
+        """The box with a width and height that are not negative."""
+        x, y, w, h = bbox
+        if min(w, h) >= 0:
+            return bbox
+        self._note(SWAPPED, where)
+        return [min(x, x + w), min(y, y + h), abs(w), abs(h)]
+
+    def _inside(
+        self, name: str, bbox: list[float], pixels: int | None, image: _Image, where: str
+    ) -> tuple[float, ...] | None:
         """The box as training sees it, if it does."""
-        (x, y, w, h), ends = bbox, (*image.size, *image.size)
+        x, y, w, h = bbox
         sides = (x, y, x + w, y + h)
-        box = tuple(float(min(max(side, 0), end)) for side, end in zip(sides, ends, strict=True))
-        if min(w, h) < THINNEST:
-            self._note(ZERO, where)
-        elif min(box[2] - box[0], box[3] - box[1]) < THINNEST:
-            self._note(OUTSIDE, where)
-        elif not pixels:
-            self._note(EMPTY, where)
-        else:
-            if max(abs(cut - side) for cut, side in zip(box, sides, strict=True)) >= 1:
-                self._note(REACHING, where)
-            return box
-        return None
+        wrong = ZERO if min(w, h) < SMALLEST_SIDE else ""
+        box, kind = clean_box(sides, image.size, RELATIVE if is_relative(*bbox, *sides) else wrong)
+        if box is not None and pixels == 0:
+            box, kind = None, EMPTY
+        if kind:
+            self._note(kind, where)
+        if box is None:
+            self.left_out[name, kind] += 1
+        return box
+
+    def _compare(self, bbox: list[float], runs: bytes, image: _Image, where: str) -> None:
+        """Note a box that overlaps little with its mask's, and what would make it fit."""
+        x, y, w, h = bbox
+        mask = coco_mask.toBbox(_rle(runs, *image.size)).tolist()
+
+        def overlap(*box: float) -> float:
+            return float(coco_mask.iou([list(box)], [mask], [0])[0, 0])
+
+        if overlap(x, y, w, h) >= 0.5:
+            return
+        if w > x and h > y and overlap(x, y, w - x, h - y) >= 0.8:
+            self._note(CORNERS, where)
+        elif overlap(y, x, h, w) >= 0.8:
+            self._note(EXCHANGED, where)
+        elif overlap(x, y, w, h) < 0.1:
+            self._note(APART, where)
 
     def _runs(self, shape: list | dict, image: _Image, where: str) -> bytes | None:
         """A mask as compressed run lengths; None, and a problem, if the segmentation makes no sense."""
@@ -435,13 +583,13 @@ class _File:
                 shape = {"size": [height, width], "counts": [width * height]}  # nothing but background
                 return coco_mask.frPyObjects(shape, height, width)["counts"]
             return coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))["counts"]
-        if shape["size"] != [height, width]:
+        if not isinstance(shape["size"], list) or [whole(side) for side in shape["size"]] != [height, width]:
             self._note("masks of another size than their image", f"{where} {shape['size']}", True)
             return None
         counts = shape["counts"]
-        lengths = _lengths(counts) if isinstance(counts, str) else counts
+        lengths = _lengths(counts) if isinstance(counts, str) else [whole(count) for count in counts]
         # pycocotools would fill what run lengths leave open with whatever lies in memory.
-        if not all(type(n) is int and n >= 0 for n in lengths) or sum(lengths) != width * height:
+        if not all(n is not None and n >= 0 for n in lengths) or sum(lengths) != width * height:
             self._note("masks whose run lengths do not fill their image", where, True)
             return None
         return coco_mask.frPyObjects({"size": [height, width], "counts": lengths}, height, width)["counts"]
@@ -460,7 +608,12 @@ def _annotation_file(root: Path, split: str, annotations: str) -> Path:
     return path
 
 
-def _content(path: Path) -> dict[str, list]:
+def read_content(path: Path) -> dict[str, list]:
+    """An annotation file with its three lists, otherwise unchecked.
+
+    Raises:
+        InputError: If it is none.
+    """
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, OSError, RecursionError) as error:
@@ -471,40 +624,39 @@ def _content(path: Path) -> dict[str, list]:
     return content
 
 
-def _whole(value: object) -> int | None:
-    return value if type(value) is int else None
-
-
 def _length(value: object) -> int | None:
     """A side of an image; some tools write 640.0."""
-    return int(value) if _finite(value) and value == int(value) and 0 < value <= LARGEST else None
+    length = whole(value)
+    return length if length is not None and 0 < length <= LARGEST_SIDE else None
 
 
 def _text(value: object) -> str | None:
     return value if isinstance(value, str) and value else None
 
 
-def _finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e15
-
-
 def _box(value: object) -> list[float] | None:
-    return value if isinstance(value, list) and len(value) == 4 and all(map(_finite, value)) else None
+    numbers = [number(side) for side in value] if isinstance(value, list) and len(value) == 4 else [None]
+    return numbers if None not in numbers else None
 
 
 def _shape(value: object) -> list | dict | None:
     """Polygons, or run lengths in either form, if that is what the value looks like."""
     if isinstance(value, list):
-        return value if all(map(_is_polygon, value)) else None
+        polygons = [_without_text(points) for points in value]
+        return polygons if all(map(_is_polygon, polygons)) else None
     runs = isinstance(value, dict) and isinstance(value.get("counts"), list | str) and "size" in value
     return value if runs else None
+
+
+def _without_text(points: object) -> object:
+    return [number(point) for point in points] if isinstance(points, list) and str in set(map(type, points)) else points
 
 
 def _is_polygon(points: object) -> bool:
     """Whether it is a list of pairs of numbers, not too far away; without a loop, since COCO has fifty million."""
     if not isinstance(points, list) or len(points) % 2 or not set(map(type, points)) <= {int, float}:
         return False
-    near = not points or (min(points) > -FARTHEST and max(points) < FARTHEST)
+    near = not points or (min(points) > -FARTHEST_POINT and max(points) < FARTHEST_POINT)
     return near and not math.isnan(sum(points))  # nan can hide from min and max
 
 
@@ -542,29 +694,10 @@ def _masks(objects: list[_Object], width: int, height: int) -> np.ndarray:
     return np.ascontiguousarray(decoded.transpose(2, 0, 1))
 
 
-def _pixels(image: _Image) -> np.ndarray:
+def _pixels(image: _Image, limits: Limits) -> np.ndarray:
     """uint8 (H, W, 3), of the size that the JSON says."""
-    try:
-        with Image.open(image.path) as opened:
-            if opened.mode[0] in "IF":  # converting these to RGB would make nearly all of it white
-                raise InputError(f"image '{image.path}' has more than 8 bits per channel: convert it to 8 bits.")
-            opened.load()
-            turned = opened.getexif().get(EXIF_ORIENTATION, 1) in TURNED
-            if opened.size == image.size:
-                return np.array(opened.convert("RGB"))
-            if turned and opened.size == image.size[::-1]:
-                return np.array(ImageOps.exif_transpose(opened).convert("RGB"))
-            size = opened.size
-    except InputError:
-        raise
-    except UNREADABLE as error:
-        raise InputError(f"image '{image.path}' cannot be read ({error}): replace it.") from None
-    told = f"{image.size[0]}x{image.size[1]}"
-    raise InputError(
-        f"image '{image.path}' is {size[0]}x{size[1]}, its annotation says {told}: correct one of the two."
-    )
-
-
-def _count(problems: list[Problem], kind: str) -> str:
-    places = [problem.where for problem in problems if problem.kind == kind]
-    return f"{kind}: {len(places)} ({', '.join(places[:3])}{', ...' if len(places) > 3 else ''})"
+    pixels = read_image(image.path, image.size, limits)
+    if pixels.shape[:2] != image.size[::-1]:
+        sizes = "is {}x{}, its annotation says {}x{}".format(*pixels.shape[1::-1], *image.size)
+        raise InputError(f"image '{image.path}' {sizes}: correct one of the two.")
+    return pixels

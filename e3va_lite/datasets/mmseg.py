@@ -1,4 +1,4 @@
-"""The door to mmsegmentation 1.2.2: everything here that uses it calls :func:`import_mmseg` first.
+"""Import of mmsegmentation 1.2.2: everything here that uses it calls :func:`import_mmseg` first.
 
 mmsegmentation imports mmcv's compiled operators, which UPerNet and Swin never call. They do not build against a current
 torch, so mmcv-lite, the same code without them, is what gets installed. The import then wants a module ``mmcv._ext``;

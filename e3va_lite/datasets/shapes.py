@@ -303,7 +303,7 @@ def _prepare(root: Path, request: dict, overwrite: bool) -> bool:
     if not root.exists() or not any(root.iterdir()):
         return True
     try:
-        held = json.loads((root / "shapes.json").read_text())
+        held = json.loads((root / "shapes.json").read_text(encoding="utf-8"))
         complete = held.pop("complete")
     except (OSError, ValueError, AttributeError, TypeError, KeyError):  # absent, or not what _stamp writes
         raise InputError(f"'{root}' holds files that are not generated scenes: choose a new folder.") from None
@@ -311,7 +311,7 @@ def _prepare(root: Path, request: dict, overwrite: bool) -> bool:
         return not complete  # a second writer of the same request does no harm: the bytes are the same
     if not overwrite:
         differ = ", ".join(f"{k} {held.get(k)}, not {v}" for k, v in request.items() if held.get(k) != v)
-        raise InputError(f"'{root}' holds other scenes ({differ}): choose another folder or pass --overwrite.")
+        raise InputError(f"'{root}' holds other scenes ({differ}): choose another, or remove it.")
     for folder in FOLDERS:
         shutil.rmtree(root / folder, ignore_errors=True)
     return True
@@ -319,7 +319,7 @@ def _prepare(root: Path, request: dict, overwrite: bool) -> bool:
 
 def _stamp(root: Path, request: dict, complete: bool) -> None:
     unfinished = _new(root / "shapes.json.tmp")
-    unfinished.write_text(json.dumps({**request, "complete": complete}, indent=2) + "\n")
+    unfinished.write_text(json.dumps({**request, "complete": complete}, indent=2) + "\n", encoding="utf-8")
     unfinished.replace(root / "shapes.json")
 
 
@@ -329,7 +329,7 @@ def _new(path: Path) -> Path:
 
 
 def _write_lines(path: Path, lines: list[str]) -> None:
-    _new(path).write_text("".join(f"{line}\n" for line in lines))
+    _new(path).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def _borders(instances: np.ndarray) -> np.ndarray:

@@ -4,46 +4,69 @@
     ROOT/Annotations/NAME.xml       the objects and their boxes
     ROOT/JPEGImages/NAME.jpg        the image (other suffixes work too)
 
-Everything that can be known before training is checked once, when a dataset is made.
+Other folders can be named instead. One walk over the files finds everything that training could stumble over: a dataset
+raises the first error, :func:`find_problems` lists them all.
 """
 
-import copy
-import math
-import os
 import warnings
 import xml.etree.ElementTree as ET
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ..errors import InputError, unknown
-from .check import SMALLEST, THINNEST, UNREADABLE, Problem, image_problems, repeated
+from .augment import mirror
+from .check import (
+    OUTSIDE,
+    REACHING,
+    RELATIVE,
+    SWAPPED,
+    ZERO,
+    BadFile,
+    Contents,
+    Findings,
+    Problem,
+    bad_file,
+    clean_box,
+    counted,
+    is_relative,
+    repeated,
+)
+from .images import LIMITS, Limits, files_by_name, harmless_findings, read_header, read_image, read_list
+from .values import number, truth
 
 VOC_CLASSES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
     *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
 )
-SUFFIXES = (".jpg", ".JPG", ".jpeg", ".JPEG", ".png", ".PNG", ".bmp", ".tif", ".tiff")
 RESIZED = "images of another size than their annotation says"
+UNCLEAR = "objects whose 'difficult' is neither true nor false, taken for false"
+WARNED = (ZERO, RELATIVE, OUTSIDE, REACHING, SWAPPED, RESIZED, UNCLEAR)  # what a dataset warns of
 
 
-class _Record(NamedTuple):
-    """One image of a split, as its files have it."""
+class Folders(NamedTuple):
+    """Where the files are below the root; ``{split}`` stands for the split.
 
-    image: Path
-    annotation: Path
-    size: tuple[int, int]  # width, height of the image
-    resized: bool  # the annotation has another size
-    names: list[str]  # (N,)
-    boxes: np.ndarray  # float64 (N, 4), x1, y1, x2, y2, half-open
-    difficult: list[bool]  # (N,)
+    Attributes:
+        images: Folder of the images.
+        annotations: Folder of the XML files.
+        listing: File that lists the names of a split. Without: the devkit's lists, or, with ``{split}`` in
+            ``annotations``, all that have an XML file in that folder.
+    """
+
+    images: str = "JPEGImages"
+    annotations: str = "Annotations"
+    listing: str | None = None
+
+
+DEVKIT = Folders()
 
 
 class VOCDetection(Dataset):
@@ -57,10 +80,11 @@ class VOCDetection(Dataset):
     - ``difficult``, bool (N,);
     - ``image_id``, the image's name in the split, and ``file``, its path as text.
 
-    ``target(i)`` is the dict alone, without reading the image. Boxes of zero area (``xmax`` not above ``xmin``, or
-    ``ymax`` not above ``ymin``) and boxes outside their image are dropped, boxes that reach out of it are cut; one
-    warning counts them, and the images that have another size than their annotation says. EXIF's orientation is not
-    applied: VOC's tools ignore it, and its boxes refer to the pixels as stored.
+    ``target(i)`` is the dict alone, without reading the image. Exchanged corners are swapped; boxes of zero area
+    (``xmax`` equal to ``xmin``, or ``ymax`` to ``ymin``) and boxes outside their image are dropped, boxes that reach
+    out of it are cut; one warning counts them, and the images that have another size than their annotation says. An
+    image is turned as its EXIF orientation says only if its annotation gives the size that it then has: VOC's tools
+    ignore EXIF, and their boxes refer to the pixels as stored.
 
     Args:
         root: A folder with ``ImageSets``, or the folder around it, as VOCdevkit is.
@@ -69,112 +93,310 @@ class VOCDetection(Dataset):
         classes: Their names, in the order of the labels. Without: VOC's twenty if no object has another name, else the
             names found in this split, sorted. Give another split ``classes=train_set.classes``.
         strict: Raise an error where there would be the warning.
+        train: Mirror half of the images and leave out difficult objects: the metric does not ask for them.
+        drop_others: Leave out objects of classes that are not in ``classes``, instead of raising an error.
+        folders: Other places of the files below the root.
+        limits: Of the images' sizes.
 
     Raises:
         InputError: For a missing or empty split, a missing or unreadable file, an image smaller than 32 pixels, an
-            incomplete annotation, a class that is not in the list; for an image that ends early when it is loaded.
+            incomplete annotation, a class that is not in the list, nothing to train on; for an image that ends early
+            when it is loaded.
     """
 
     def __init__(
-        self, root: Path | str, split: str, classes: Sequence[str] | None = None, strict: bool = False
+        self,
+        root: Path | str,
+        split: str,
+        classes: Sequence[str] | None = None,
+        strict: bool = False,
+        *,
+        train: bool = False,
+        drop_others: bool = False,
+        folders: Folders = DEVKIT,
+        limits: Limits = LIMITS,
     ) -> None:
-        bar = tqdm(dict.fromkeys(_listed(root, split)), desc=f"check {split}", unit="image", delay=3)
-        records = [_read(folder, name) for folder, name in bar]
-        self.classes = _class_list(classes, records, split, root)
-        for record in records:
-            for name in record.names:
-                if name not in self.classes:
-                    raise InputError(f"'{record.annotation}': {unknown('class', name, self.classes)}")
-        self.images = [record.image for record in records]
-        self._targets, problems = [], {}
-        for record in records:
-            boxes, keep, found = _mend(record)
-            labels = torch.tensor([self.classes.index(name) + 1 for name in record.names], dtype=torch.int64)
-            target = {
-                "boxes": torch.from_numpy(boxes[keep].astype(np.float32)),
-                "labels": labels[torch.from_numpy(keep)],
-                "difficult": torch.from_numpy(np.array(record.difficult, bool)[keep]),
-                "image_id": record.annotation.stem,
-                "file": str(record.image),
-            }
-            self._targets.append(target)
-            for problem, _ in found:
-                problems.setdefault(problem, []).append(record.annotation.name)
-        if problems:
-            counts = "; ".join(f"{what}: {len(files)} ({_first(files)})" for what, files in problems.items())
-            message = f"in split '{split}' of '{root}', {counts}"
-            if strict:
-                raise InputError(f"{message}. Correct the files, or go without strict.")
-            warnings.warn(message, stacklevel=2)
+        walk = _Walk(Path(root), split, classes, drop_others, folders, limits)
+        if walk.errors:
+            raise walk.errors[0]
+        self.classes, self.train, self.limits = walk.classes, train, limits
+        # Lists and numpy arrays: tensors would travel to spawned workers as one open file each.
+        self.records = [record.only(~record.difficult) if train else record for record in walk.records]
+        notes = counted(walk.problems, WARNED, lambda where: Path(where.split(" (")[0]).name)
+        if notes and strict:
+            raise InputError(
+                f"in split '{split}' of '{root}', {'; '.join(notes)}. Correct the files, or go without strict."
+            )
+        if dropped := sum(count for (_, reason), count in walk.contents.left_out.items() if reason == "other classes"):
+            notes.append(f"objects of other classes, dropped: {dropped}")
+        if train:
+            notes += walk.contents.require_something_to_learn(f"split '{split}' of '{root}'")
+        if notes:
+            warnings.warn(f"in split '{split}' of '{root}', {'; '.join(notes)}", stacklevel=2)
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.records)
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict]:
-        try:
-            with Image.open(self.images[index]) as image:
-                pixels = np.array(image.convert("RGB"))
-        except UNREADABLE as error:
-            raise InputError(f"image '{self.images[index]}' cannot be read ({error}): replace it.") from None
-        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float() / 255, self.target(index)
+        record = self.records[index]
+        pixels = read_image(record.image, record.size, self.limits)
+        image, target = torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float() / 255, self.target(index)
+        return mirror(image, target) if self.train and torch.rand(()) < 0.5 else (image, target)
 
     def target(self, index: int) -> dict:
-        return copy.deepcopy(self._targets[index])
+        record = self.records[index]
+        arrays = {"boxes": record.boxes, "labels": record.labels, "difficult": record.difficult}
+        about = {"image_id": record.name, "file": str(record.image)}
+        return {key: torch.tensor(array) for key, array in arrays.items()} | about
 
 
-def find_problems(root: Path | str, split: str, classes: Sequence[str] | None = None) -> list[Problem]:
-    """Everything that is wrong with the files of a split, every image read to its end; arguments as for the dataset."""
+def find_problems(recipe, root: Path | str, split: str) -> Findings:
+    """Everything that is wrong with the files of a split, every image read to its end; and what the split holds.
+
+    Without ``recipe.classes``, the classes have to be those of the training split.
+    """
+    classes, source = recipe.classes, "of the recipe"
+    folders = Folders(recipe.images, recipe.annotations, recipe.listing)
+    limits = Limits(recipe.max_megapixels, recipe.max_size)
     try:
-        listed = _listed(root, split)
+        if classes is None and split != recipe.train_split:
+            try:
+                classes = class_names(root, recipe.train_split, folders)
+                source = f"of split '{recipe.train_split}'"
+            except InputError:  # the training split's own check says what is wrong there
+                classes = None
+        walk = _Walk(Path(root), split, classes, recipe.classes is not None, folders, limits, source, decode=True)
     except InputError as error:
-        return [Problem("splits that cannot be used", str(error), True)]
-    problems = repeated("images listed twice", ((item, f"'{item[1]}' in split '{split}'") for item in listed))
-    records = []
-    for folder, name in tqdm(dict.fromkeys(listed), f"check {split}", unit="image", delay=3):
-        path = _image_path(folder, name)
-        found, record = _look(path, folder / "Annotations" / f"{name}.xml")
-        records.append(record)
-        problems += image_problems(path) + found
-    if not any(record.names for record in records):
-        problems.append(Problem("splits without objects", f"'{split}'", False))
-    try:
-        classes = _class_list(classes, records, split, root)
-    except InputError as error:
-        return [*problems, Problem("classes that cannot be used", str(error), True)]
-    for record in records:
-        for name in dict.fromkeys(record.names):
-            if name not in classes:
-                where = f"{record.annotation} ({unknown('class', name, classes)})"
-                problems.append(Problem("objects of an unknown class", where, True))
-    return problems
+        return Findings([Problem("splits that cannot be used", str(error), True)])
+    if not any(len(record.names) for record in walk.records):
+        walk.problems.append(Problem("splits without objects", f"'{split}'", False))
+    return Findings(walk.problems, walk.contents)
 
 
-def class_names(root: Path | str, split: str) -> list[str]:
+def class_names(root: Path | str, split: str, folders: Folders = DEVKIT) -> list[str]:
     """The classes of a split's objects, as :class:`VOCDetection` finds them; what cannot be read has none.
 
     Raises:
         InputError: For a split that is missing or has no objects.
     """
-    records = [
-        _look(None, folder / "Annotations" / f"{name}.xml")[1] for folder, name in dict.fromkeys(_listed(root, split))
-    ]
-    return _discover(records, split, root)
+    walk = _Walk(Path(root), split, None, False, folders, None)
+    if not walk.classes:
+        raise walk.errors[-1]
+    return walk.classes
 
 
-def _listed(root: Path | str, split: str) -> list[tuple[Path, str]]:
-    """The images of a split, as its lists have them."""
-    names = [item for part in split.split("+") for item in _image_set(Path(root), part)]
-    if not names:
-        raise InputError(f"split '{split}' of '{root}' lists no images: choose another split.")
-    return names
+# Reading -------------------------------------------------------------------------------------------------------------
 
 
-def _image_set(root: Path, part: str) -> list[tuple[Path, str]]:
-    """The images of one list as (folder, name)."""
+class _Record(NamedTuple):
+    """One image of a split and its N objects."""
+
+    name: str
+    image: Path
+    annotation: Path
+    size: tuple[int, int] | None  # width, height of the image, upright where its annotation means that
+    names: np.ndarray  # str (N,)
+    labels: np.ndarray  # int64 (N,), 1..K
+    boxes: np.ndarray  # float32 (N, 4), x1, y1, x2, y2, half-open
+    difficult: np.ndarray  # bool (N,)
+
+    def only(self, keep: np.ndarray) -> "_Record":
+        arrays = {key: getattr(self, key)[keep] for key in ("names", "labels", "boxes", "difficult")}
+        return self._replace(**arrays)
+
+
+class _Walk:
+    """One pass over the files of a split: records, what is wrong, and what the split holds.
+
+    Args:
+        limits: Of the images; None not to open them at all, for the names of the classes.
+        source: Where ``classes`` come from, in words.
+        decode: Read images to their end, not only their headers.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        split: str,
+        classes: Sequence[str] | None,
+        drop_others: bool,
+        folders: Folders,
+        limits: Limits | None,
+        source: str = "as given",
+        decode: bool = False,
+    ) -> None:
+        self.problems: list[Problem] = []
+        self.errors: list[BadFile] = []  # those behind the fatal problems
+        self.limits, self.decode = limits, decode
+        self.left_out: Counter = Counter()
+        self.listed = _Listed(root, split, folders)
+        if limits is None:
+            bar = dict.fromkeys(self.listed.entries)
+        else:
+            bar = tqdm(dict.fromkeys(self.listed.entries), desc=f"check {split}", unit="image", delay=3)
+        self.records = [self._record(*entry) for entry in bar]
+        found = sorted({str(name) for record in self.records for name in record.names} | {n for n, _ in self.left_out})
+        self.classes = list(found if classes is None else classes)
+        if classes is None:
+            source = f"found in split '{split}'"
+            if not found:
+                text = f"split '{split}' of '{root}' has no objects to learn the classes from: give classes."
+                self._refuse(bad_file("classes that cannot be used", text, text))
+            elif set(found) <= set(VOC_CLASSES):
+                self.classes, source = list(VOC_CLASSES), "Pascal VOC's twenty, since no object has another name"
+        elif len(set(classes)) < len(classes) or not classes:
+            text = f"classes {', '.join(classes) or '(none)'}: give every class once."
+            self._refuse(bad_file("classes that cannot be used", text, text))
+        self.records = [self._labelled(record, drop_others) for record in self.records]
+        easy = (record.only(~record.difficult) for record in self.records)
+        taught = Counter(str(name) for record in easy for name in record.names)
+        for record in self.records:
+            self.left_out.update((str(name), "difficult") for name in record.names[record.difficult])
+        self.contents = Contents(
+            [record.image for record in self.records], self.classes, source, taught, self.left_out,
+            without_annotation=self.listed.without_annotation,
+        )  # fmt: skip
+        self.problems += repeated(
+            "images listed twice", ((entry, f"'{entry[0]}' in split '{split}'") for entry in self.listed.entries)
+        )
+        for path in self.listed.with_column:
+            self.problems.append(Problem("lists with a column of 1, 0 and -1, which is not used", str(path), False))
+
+    def _refuse(self, error: BadFile) -> None:
+        self.errors.append(error)
+        self.problems.append(error.problem)
+
+    def _note(self, kind: str, where: str) -> None:
+        self.problems.append(Problem(kind, where, False))
+
+    def _record(self, name: str, image: Path, annotation: Path) -> _Record:
+        tree, objects, size = ET.Element("annotation"), [], None
+        header = None
+        try:
+            header = read_header(image, self.limits, self.decode) if self.limits else None
+        except BadFile as error:
+            self._refuse(error)
+        try:
+            tree = _tree(annotation)
+        except BadFile as error:
+            self._refuse(error)
+        else:
+            if tree.find("object") is None:
+                self._note("images without objects", str(annotation))
+        for place, item in enumerate(tree.findall("object"), start=1):
+            try:
+                objects.append(self._object(item, annotation, f"{annotation} (object {place})"))
+            except BadFile as error:
+                self._refuse(error)
+        if header is not None:
+            told = _told_size(tree)
+            size = header.size[::-1] if header.turned(told) else header.size
+            if told is not None and told != size:
+                self._note(RESIZED, str(annotation))
+            if self.decode:
+                self.problems += harmless_findings(header)
+            self.problems += repeated("objects annotated twice", [(thing[:2], thing[3]) for thing in objects])
+            cut = [(name, self._inside(name, box, size, where), *rest, where) for name, box, *rest, where in objects]
+            objects = [thing for thing in cut if thing[1] is not None]
+        return _Record(
+            name,
+            image,
+            annotation,
+            size,
+            names=np.array([thing[0] for thing in objects], str),
+            labels=np.zeros(len(objects), np.int64),
+            boxes=np.array([thing[1] for thing in objects], np.float32).reshape(-1, 4),
+            difficult=np.array([thing[2] for thing in objects], bool),
+        )
+
+    def _object(self, item: ET.Element, annotation: Path, where: str) -> tuple[str, tuple, bool, str]:
+        """Name, box with whole pixels counted from 0, whether it is difficult, and where it stands."""
+        # Only direct children: the parts of a person (VOC's "layout" task) have a name and a box of their own.
+        x1, y1, x2, y2 = (_number(item, f"bndbox/{side}", annotation) for side in ("xmin", "ymin", "xmax", "ymax"))
+        name = _text(item, "name", annotation)
+        if x1 > x2 or y1 > y2:
+            self._note(SWAPPED, where)
+            x1, y1, x2, y2 = min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)
+        flag = (item.findtext("difficult") or "0").strip() or "0"
+        if truth(flag) is None:
+            self._note(UNCLEAR, f"{where} ('{flag}')")
+        return name, (x1 - 1, y1 - 1, x2, y2), truth(flag) is True, where
+
+    def _inside(self, name: str, box: tuple, size: tuple[int, int], where: str) -> tuple | None:
+        """The box within its image, or None if it is to be dropped."""
+        x1, y1, x2, y2 = box
+        # A box that is one pixel wide has x2 = x1 + 1, but nothing real is: annotators' slips are.
+        wrong = ZERO if x2 - x1 <= 1 or y2 - y1 <= 1 else ""
+        cut, kind = clean_box(box, size, RELATIVE if is_relative(x1 + 1, y1 + 1, x2, y2) else wrong)
+        if kind:
+            self._note(kind, where)
+        if cut is None:
+            self.left_out[name, kind] += 1
+        return cut
+
+    def _labelled(self, record: _Record, drop_others: bool) -> _Record:
+        labels = {name: label for label, name in enumerate(self.classes, start=1)}
+        for name in dict.fromkeys(map(str, record.names)):
+            if name not in labels and drop_others:
+                self.left_out[name, "other classes"] += int((record.names == name).sum())
+            elif name not in labels and self.classes:
+                text = unknown("class", name, self.classes)
+                where = f"{record.annotation} ({text})"
+                self._refuse(bad_file("objects of an unknown class", where, f"'{record.annotation}': {text}"))
+        record = record.only(np.array([name in labels for name in record.names], bool))
+        return record._replace(labels=np.array([labels[str(name)] for name in record.names], np.int64))
+
+
+class _Listed:
+    """The images of a split: ``entries`` of name, image and annotation, as its lists have them."""
+
+    def __init__(self, root: Path, split: str, folders: Folders) -> None:
+        self.entries: list[tuple[str, Path, Path]] = []
+        self.without_annotation: list[Path] = []
+        self.with_column: list[Path] = []
+        self.folders = folders
+        self.seen: dict[tuple[Path, Path], tuple[dict, dict]] = {}  # files by name, of folders that were read before
+        for part in split.split("+"):
+            self._add(root, part)
+        if not self.entries:
+            raise InputError(f"split '{split}' of '{root}' lists no images: choose another split.")
+
+    def _add(self, root: Path, part: str) -> None:
+        source = None  # of the names
+        if self.folders.listing is not None:
+            source = root / self.folders.listing.replace("{split}", part)
+            if not source.is_file():
+                raise InputError(f"there is no list '{source}': check the split and the recipe's listing.")
+        elif "{split}" not in self.folders.annotations:
+            root, source = _devkit_list(root, part)
+        places = tuple(
+            root / pattern.replace("{split}", part) for pattern in (self.folders.images, self.folders.annotations)
+        )
+        for folder, what in zip(places, ("images", "annotations"), strict=True):
+            if not folder.is_dir():
+                raise InputError(f"there is no folder '{folder}': check the root, the split and the recipe's {what}.")
+        if places not in self.seen:
+            self.seen[places] = files_by_name(places[0]), files_by_name(places[1], (".xml",))
+            images, annotations = self.seen[places]
+            self.without_annotation += [path for name, path in images.items() if name not in annotations]
+        images, annotations = self.seen[places]
+        names, column = (list(annotations), False) if source is None else read_list(source, images)
+        if column:
+            self.with_column.append(source)
+        for name in names:
+            xml = annotations.get(name, places[1] / f"{name}.xml")
+            self.entries.append((name, images.get(name, places[0] / f"{name}.jpg"), xml))
+
+
+def _devkit_list(root: Path, part: str) -> tuple[Path, Path]:
+    """The folder of one year, and in it the list of that name."""
     around = sorted(path.parent.parent for path in root.glob("*/ImageSets/Main"))
     folders = [root] if (root / "ImageSets/Main").is_dir() else around
     if not folders:
-        raise InputError(f"'{root}' has no ImageSets/Main: give a VOC-shaped folder, or the VOCdevkit around it.")
+        raise InputError(
+            f"'{root}' has no ImageSets/Main: give a VOC-shaped folder, or the VOCdevkit around it, or make the lists "
+            "with 'e3va data split'."
+        )
     year, _, rest = part.partition("_")
     if of_year := [folder for folder in folders if folder.name == f"VOC{year}"]:
         folders, part = of_year, rest
@@ -186,149 +408,38 @@ def _image_set(root: Path, part: str) -> list[tuple[Path, str]]:
         there = sorted(other.stem for other in path.parent.glob("*.txt"))
         there = [name for name in there if "_" not in name] or there  # not the devkit's lists per class
         raise InputError(f"there is no '{path}': choose a split out of {', '.join(there) or '(none there)'}.")
-    lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
-    return [(folders[0], line.strip()) for line in lines if line.strip()]
-
-
-def _read(folder: Path, name: str) -> _Record:
-    """One image's header and annotation; the split's name counts, whatever the XML's ``filename`` and ``size`` say."""
-    image, annotation = _image_path(folder, name), folder / "Annotations" / f"{name}.xml"
-    size, tree = _size(image), _tree(annotation)
-    return _record(image, annotation, size, tree, [_object(item, annotation) for item in tree.findall("object")])
-
-
-def _look(image: Path | None, annotation: Path) -> tuple[list[Problem], _Record]:
-    """As :func:`_read`, but go on after everything that is wrong with the annotation; without an image: names only."""
-    problems: list[Problem] = []
-    objects = []
-    try:
-        tree = _tree(annotation)
-    except InputError as error:
-        kind = "annotations that are not valid XML" if os.path.isfile(annotation) else "missing annotations"
-        return [Problem(kind, str(error), True)], _Record(image, annotation, (0, 0), False, [], np.zeros((0, 4)), [])
-    for item in tree.findall("object"):
-        try:
-            objects.append(_object(item, annotation))
-        except InputError as error:
-            problems.append(Problem("objects without a name or a whole box", str(error), True))
-    try:
-        size = (0, 0) if image is None else _size(image)
-    except InputError:  # an image's own problems are found elsewhere
-        size = (0, 0)
-    record = _record(image, annotation, size, tree, objects)
-    if size != (0, 0):
-        places = [f"{annotation} (object {number})" for number in range(1, len(objects) + 1)]
-        for kind, index in _mend(record)[2]:
-            problems.append(Problem(kind, str(annotation) if kind == RESIZED else places[index], False))
-        things = [(name, tuple(box)) for name, box in zip(record.names, record.boxes.tolist(), strict=True)]
-        problems += repeated("objects annotated twice", zip(things, places, strict=True))
-    if not tree.findall("object"):
-        problems.append(Problem("images without objects", str(annotation), False))
-    return problems, record
-
-
-def _image_path(folder: Path, name: str) -> Path:
-    """The image of that name, with whatever suffix it has; with the first one if it is not there."""
-    candidates = [folder / "JPEGImages" / f"{name}{suffix}" for suffix in SUFFIXES]
-    return next((path for path in candidates if os.path.isfile(path)), candidates[0])
-
-
-def _size(image: Path) -> tuple[int, int]:
-    """Width and height of an image that can be used, as far as its header tells."""
-    if not os.path.isfile(image):
-        raise InputError(f"image '{image}' is missing: add it or remove it from the split.")
-    try:
-        with Image.open(image) as opened:
-            size, mode = opened.size, opened.mode
-    except UNREADABLE as error:
-        raise InputError(f"image '{image}' cannot be read ({error}): replace it or remove it from the split.") from None
-    if min(size) < SMALLEST:
-        small = f"{size[0]}x{size[1]}, smaller than {SMALLEST}x{SMALLEST}"
-        raise InputError(f"image '{image}' is {small}: enlarge it or remove it from the split.")
-    if mode[0] in "IF":  # converting these to RGB would make nearly all of it white
-        raise InputError(f"image '{image}' has more than 8 bits per channel: convert it to 8 bits.")
-    return size
+    return folders[0], path
 
 
 def _tree(annotation: Path) -> ET.Element:
     try:
         return ET.parse(annotation).getroot()
     except FileNotFoundError:
-        raise InputError(f"annotation '{annotation}' is missing: add it or remove it from the split.") from None
+        text = f"annotation '{annotation}' is missing: add it or remove it from the split."
+        raise bad_file("missing annotations", text, text) from None
     except (ET.ParseError, OSError, ValueError, LookupError) as error:
-        raise InputError(f"annotation '{annotation}' is not valid XML ({error}): correct it.") from None
+        text = f"annotation '{annotation}' is not valid XML ({error}): correct it."
+        raise bad_file("annotations that are not valid XML", text, text) from None
 
 
-def _object(item: ET.Element, annotation: Path) -> tuple[str, list[float], bool]:
-    """Name, box as in the file, and whether it is difficult."""
-    # Only direct children: the parts of a person (VOC's "layout" task) have a name and a box of their own.
-    box = [_number(item, f"bndbox/{side}", annotation) for side in ("xmin", "ymin", "xmax", "ymax")]
-    difficult = (item.findtext("difficult") or "0").strip() not in ("0", "false", "False")
-    return _text(item, "name", annotation), box, difficult
-
-
-def _record(image: Path | None, annotation: Path, size: tuple[int, int], tree: ET.Element, objects: list) -> _Record:
-    told = tuple((tree.findtext(f"size/{side}") or "0").strip() for side in ("width", "height"))
-    return _Record(
-        image,
-        annotation,
-        size,
-        resized="0" not in told and told != (str(size[0]), str(size[1])),
-        names=[name for name, _, _ in objects],
-        boxes=np.array([box for _, box, _ in objects], float).reshape(-1, 4) - (1, 1, 0, 0),
-        difficult=[difficult for _, _, difficult in objects],
-    )
-
-
-def _mend(record: _Record) -> tuple[np.ndarray, np.ndarray, list[tuple[str, int]]]:
-    """Boxes cut (N, 4), which of them to keep (N,), and what had to be done: a phrase and the object's index each."""
-    width, height = record.size
-    cut = np.clip(record.boxes, 0, (width, height, width, height))
-    # A box that is one pixel wide has x2 = x1 + 1, but nothing real is: annotators' slips are.
-    empty = (record.boxes[:, 2:] - record.boxes[:, :2] <= 1).any(axis=1)
-    outside = (cut[:, 2:] - cut[:, :2] < THINNEST).any(axis=1) & ~empty
-    reaching = (np.abs(cut - record.boxes) >= 1).any(axis=1) & ~empty & ~outside
-    found = {
-        "boxes of zero area, dropped": empty,
-        "boxes outside their image, dropped": outside,
-        "boxes reaching out of their image, cut": reaching,
-        RESIZED: [record.resized],
-    }
-    return cut, ~(empty | outside), [(what, i) for what, hits in found.items() for i, hit in enumerate(hits) if hit]
+def _told_size(tree: ET.Element) -> tuple[float, float] | None:
+    """Width and height that an annotation gives; None where it does not know them, as with 0, -1 and text."""
+    width, height = (number(tree.findtext(f"size/{side}") or "") for side in ("width", "height"))
+    return (width, height) if width is not None and height is not None and min(width, height) > 0 else None
 
 
 def _text(item: ET.Element, field: str, annotation: Path) -> str:
     text = (item.findtext(field) or "").strip()
     if not text:
-        raise InputError(f"annotation '{annotation}' has an object without '{field}': add it.")
+        message = f"annotation '{annotation}' has an object without '{field}': add it."
+        raise bad_file("objects without a name or a whole box", message, message)
     return text
 
 
 def _number(item: ET.Element, field: str, annotation: Path) -> float:
     text = _text(item, field, annotation)
-    try:
-        number = float(text)  # some of VOC2011's are not whole
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise InputError(f"annotation '{annotation}' has '{text}' as '{field}': put a number there.")
-    return number
-
-
-def _class_list(given: Sequence[str] | None, records: list[_Record], split: str, root: Path | str) -> list[str]:
-    classes = list(given) if given is not None else _discover(records, split, root)
-    if len(set(classes)) < len(classes) or not classes:
-        raise InputError(f"classes {', '.join(classes) or '(none)'}: give every class once.")
-    return classes
-
-
-def _discover(records: list[_Record], split: str, root: Path | str) -> list[str]:
-    found = {name for record in records for name in record.names}
-    if not found:
-        raise InputError(f"split '{split}' of '{root}' has no objects to learn the classes from: give classes.")
-    return list(VOC_CLASSES) if found <= set(VOC_CLASSES) else sorted(found)
-
-
-def _first(files: list[str]) -> str:
-    names = list(dict.fromkeys(files))
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    value = number(text)  # some of VOC2011's are not whole
+    if value is None:
+        message = f"annotation '{annotation}' has '{text}' as '{field}': put a number there."
+        raise bad_file("objects without a name or a whole box", message, message)
+    return value

@@ -56,7 +56,8 @@ class Recipe:
     # data
     train_split: str = "train"
     eval_split: str = "val"
-    classes: list[str] | None = None  # default: all classes of the dataset
+    classes: list[str] | None = None  # objects of others are left out; default: all classes of the dataset
+    max_megapixels: Positive = 179.0  # larger images are refused
     # training
     epochs: Count | None = None
     steps: Count | None = None
@@ -88,6 +89,9 @@ class Recipe:
 class VOCRecipe(Recipe):
     """RetinaNet on a Pascal VOC-shaped folder."""
 
+    images: str = "JPEGImages"  # folder below the root
+    annotations: str = "Annotations"  # folder of XML files below the root
+    listing: str | None = None  # file that lists the names of a split; default: ImageSets/Main/{split}.txt
     fpn_channels: Count = 256
     anchor_base: Positive = 4.0  # side of a level's smallest anchor, in strides
     min_size: Count = 600
@@ -103,7 +107,6 @@ class COCOBoxesRecipe(VOCRecipe):
     annotations: str = "annotations/instances_{split}.json"
     min_size: Count = 800
     max_size: Count = 1333
-    crop: bool = False  # half of the training images are cropped before they are resized
 
 
 @_recipe
@@ -133,6 +136,7 @@ class ADE20KRecipe(Recipe):
     listing: str | None = None  # file below the root with the names of a split; default: all in the folder
     image_suffix: str = ".jpg"
     mask_suffix: str = ".png"
+    values: dict[int, int] | None = None  # other meanings of mask values, e.g. {255: 1}
     # mask value that is no class; below it classes keep their place, above it they move down by one
     ignore: Annotated[int, Field(ge=0)] = 0
     head_channels: Count = 512

@@ -5,12 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from ..datasets.ade20k import VOID, BadMask, MaskFolder, class_names, find_files, label_table, possible_sizes, read_mask
-from ..datasets.check import Problem, image_problems
+from ..datasets.ade20k import VOID, MaskFolder, find_problems
+from ..datasets.check import Findings
 from ..datasets.mmseg import import_mmseg
 from ..recipes.schema import ADE20KRecipe
 from .upernet import build_upernet
@@ -78,30 +76,6 @@ def summary(records: list[Tensor], dataset: MaskFolder) -> dict:
     }
 
 
-def check(recipe: ADE20KRecipe, root: Path, split: str) -> list[Problem]:
-    """Everything that is wrong with the files of a split; masks are read by the function that training reads them with.
-
-    Raises:
-        InputError: If there is no such split, or nothing in it.
-    """
-    pairs, orphans = find_files(Path(root), split, recipe)
-    table = label_table(recipe.classes or class_names(Path(root)), recipe.ignore)
-    problems = [Problem("masks without an image", str(path), False) for path in orphans]
-    for _, image, mask in tqdm(pairs, f"check {split}", unit="image", delay=3):
-        found = image_problems(image)
-        problems += found
-        if not mask.is_file():
-            problems.append(Problem("images without a mask", f"{image} (no {mask})", True))
-            continue
-        sizes = None
-        if not any(problem.fatal for problem in found):
-            with Image.open(image) as opened:
-                sizes = possible_sizes(opened)
-        try:
-            labels = read_mask(mask, sizes, table)
-        except BadMask as error:
-            problems.append(error.problem)
-        else:
-            if (labels == VOID).all():
-                problems.append(Problem("masks of nothing but void", str(mask), False))
-    return problems
+def check(recipe: ADE20KRecipe, root: Path, split: str) -> Findings:
+    """See :func:`e3va_lite.datasets.ade20k.find_problems`."""
+    return find_problems(recipe, root, split)

@@ -11,8 +11,10 @@ from pycocotools import mask as coco_mask
 from torch import nn
 from torchvision.ops import box_convert
 
-from ..datasets.check import Problem
-from ..datasets.coco import COCOInstances, average_precision, category_names, find_problems
+from ..datasets.check import Findings
+from ..datasets.coco import COCOInstances, average_precision, find_problems, read_content
+from ..datasets.images import Limits
+from ..datasets.values import truth
 from ..errors import InputError
 from ..recipes.schema import COCOBoxesRecipe, COCORecipe
 from .registry import Known, too_many_objects
@@ -38,6 +40,8 @@ def dataset(
         train=train,
         strict=strict,
         crop=recipe.crop,
+        drop_others=recipe.classes is not None,
+        limits=Limits(recipe.max_megapixels, recipe.max_size),
     )
 
 
@@ -104,22 +108,16 @@ def summary(records: list[list[dict]], dataset: COCOInstances, kinds: Sequence[s
     return {**numbers, "by_class": numbers.pop("by_class")}
 
 
-def check(recipe: COCORecipe | COCOBoxesRecipe, root: Path, split: str) -> list[Problem]:
-    """Everything that is wrong with the files of a split; its classes have to be those of the training split."""
-    classes = recipe.classes
-    if classes is None and split != recipe.train_split:
-        try:
-            classes = category_names(root, recipe.train_split, recipe.annotations)
-        except InputError:  # the training split's own check says what is wrong there
-            classes = None
-    problems = find_problems(root, split, images=recipe.images, annotations=recipe.annotations, classes=classes)
-    path = Path(root) / recipe.annotations.replace("{split}", split)
-    if not any(problem.fatal for problem in problems):
-        content = _content(path)
+def check(recipe: COCORecipe | COCOBoxesRecipe, root: Path, split: str, boxes_only: bool = False) -> Findings:
+    """Everything that is wrong with the files of a split, see :func:`e3va_lite.datasets.coco.find_problems`."""
+    findings = find_problems(recipe, root, split, boxes_only)
+    if not any(problem.fatal for problem in findings):
+        content = read_content(Path(root) / recipe.annotations.replace("{split}", split))
         names = {image["id"]: image["file_name"] for image in content["images"]}
-        counts = Counter(names[thing["image_id"]] for thing in content["annotations"] if not thing.get("iscrowd"))
-        problems += too_many_objects(counts, recipe.detections)
-    return problems
+        objects = (thing for thing in content["annotations"] if thing["image_id"] in names)
+        counts = Counter(names[thing["image_id"]] for thing in objects if not truth(thing.get("iscrowd")))
+        findings += too_many_objects(counts, recipe.detections)
+    return findings
 
 
 def known_images(

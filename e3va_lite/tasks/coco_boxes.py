@@ -3,21 +3,15 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from torch import Tensor
-
+from ..datasets.check import Findings
 from ..datasets.coco import COCOInstances
+from ..datasets.images import Limits
 from ..recipes.schema import COCOBoxesRecipe
 from . import coco
-from .coco import check, known_images, record  # noqa: F401  the same as with masks
+from .coco import known_images, record  # noqa: F401  the same as with masks
 from .voc import model  # noqa: F401  the same detector
 
 METRIC = "box_ap"
-
-
-class _Boxes(COCOInstances):
-    def __getitem__(self, index: int) -> tuple[Tensor, dict]:
-        image, target = super().__getitem__(index)
-        return image, {key: value for key, value in target.items() if key != "masks"}
 
 
 def dataset(
@@ -28,11 +22,26 @@ def dataset(
     train: bool = False,
     strict: bool = False,
 ) -> COCOInstances:
-    """A split; with ``train``, half of the images are mirrored and, if the recipe says so, cropped at random."""
-    places = {"images": recipe.images, "annotations": recipe.annotations}
-    return _Boxes(root, split, **places, classes=classes, train=train, strict=strict, crop=recipe.crop)
+    """A split; with ``train``, half of the images are mirrored and crowds are left out."""
+    return COCOInstances(
+        root,
+        split,
+        images=recipe.images,
+        annotations=recipe.annotations,
+        classes=classes,
+        train=train,
+        strict=strict,
+        boxes_only=True,
+        drop_others=recipe.classes is not None,
+        limits=Limits(recipe.max_megapixels, recipe.max_size),
+    )
 
 
 def summary(records: list[list[dict]], dataset: COCOInstances) -> dict:
     """COCO's AP of boxes: over all overlaps, at .5 and .75, by size, and by class."""
     return coco.summary(records, dataset, ("bbox",))
+
+
+def check(recipe: COCOBoxesRecipe, root: Path, split: str) -> Findings:
+    """See :func:`e3va_lite.tasks.coco.check`."""
+    return coco.check(recipe, root, split, boxes_only=True)

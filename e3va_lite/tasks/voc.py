@@ -10,12 +10,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch import nn
 
-from ..datasets.check import UNREADABLE, Problem
-from ..datasets.voc import VOCDetection, class_names, find_problems
-from ..errors import InputError
+from ..datasets.check import UNREADABLE, Findings
+from ..datasets.images import Limits
+from ..datasets.voc import Folders, VOCDetection, find_problems
 from ..recipes.schema import COCOBoxesRecipe, VOCRecipe
 from .coco import known_images as coco_known_images
 from .registry import Known, too_many_objects
@@ -32,39 +31,18 @@ def dataset(
     classes: Sequence[str] | None = None,
     train: bool = False,
     strict: bool = False,
-) -> Dataset:
+) -> VOCDetection:
     """A split; with ``train``, half of the images are mirrored and ``difficult`` objects are left out."""
-    data = VOCDetection(root, split, classes, strict)
-    return _Training(data) if train else data
-
-
-class _Training(Dataset):
-    def __init__(self, dataset: VOCDetection) -> None:
-        self.dataset, self.classes = dataset, dataset.classes
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, dict]:
-        image, target = self.dataset[index]
-        target = _clear(target)
-        return mirror(image, target) if torch.rand(()) < 0.5 else (image, target)
-
-
-def _clear(target: dict) -> dict:
-    """Leave out the ``difficult`` objects: the metric does not count them, and they are not trained on."""
-    keep = ~target["difficult"]
-    return {**target, **{key: target[key][keep] for key in ("boxes", "labels", "difficult")}}
-
-
-def mirror(image: Tensor, target: dict) -> tuple[Tensor, dict]:
-    """Flip an image (3, H, W) and its boxes (N, 4) horizontally."""
-    width = image.shape[-1]
-    boxes = target["boxes"]
-    return image.flip(-1), {
-        **target,
-        "boxes": torch.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], 1),
-    }
+    return VOCDetection(
+        root,
+        split,
+        classes,
+        train=train,
+        strict=strict,
+        drop_others=recipe.classes is not None,
+        folders=Folders(recipe.images, recipe.annotations, recipe.listing),
+        limits=Limits(recipe.max_megapixels, recipe.max_size),
+    )
 
 
 def model(recipe: VOCRecipe | COCOBoxesRecipe, backbone: nn.Module, num_classes: int) -> nn.Module:
@@ -109,22 +87,16 @@ def _plain(value: float) -> float | None:
     return None if math.isnan(value) else round(float(value), 4)
 
 
-def check(recipe: VOCRecipe, root: Path, split: str) -> list[Problem]:
-    """Everything that is wrong with the files of a split; its classes have to be those of the training split."""
-    classes = recipe.classes
-    if classes is None and split != recipe.train_split:
-        try:
-            classes = class_names(root, recipe.train_split)
-        except InputError:  # the training split's own check says what is wrong there
-            classes = None
-    problems = find_problems(root, split, classes)
-    if not any(problem.fatal for problem in problems):
+def check(recipe: VOCRecipe, root: Path, split: str) -> Findings:
+    """Everything that is wrong with the files of a split, see :func:`e3va_lite.datasets.voc.find_problems`."""
+    findings = find_problems(recipe, root, split)
+    if not any(problem.fatal for problem in findings):
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what they would say is among the problems
-            data = dataset(recipe, root, split, classes)
+            warnings.simplefilter("ignore")  # what they would say is among the findings
+            data = dataset(recipe, root, split, recipe.classes)
         targets = map(data.target, range(len(data)))
-        problems += too_many_objects({t["file"]: len(t["boxes"]) for t in targets}, recipe.detections)
-    return problems
+        findings += too_many_objects({t["file"]: len(t["boxes"]) for t in targets}, recipe.detections)
+    return findings
 
 
 def known_images(
@@ -133,7 +105,7 @@ def known_images(
     """The images of a VOC-shaped folder, so that EXIF's orientation is applied where evaluation applies it.
 
     Args:
-        recipe: Not needed.
+        recipe: Says in which folder the annotations are.
         root: Not needed.
         paths: Image files.
         annotations: COCO's, see :func:`e3va_lite.tasks.coco.known_images`.
@@ -142,7 +114,7 @@ def known_images(
         return coco_known_images(recipe, root, paths, annotations)
     known = {}
     for path in paths:
-        xml = path.parent.parent / "Annotations" / f"{path.stem}.xml"
+        xml = path.parent.parent / recipe.annotations / f"{path.stem}.xml"
         if xml.is_file():
             with contextlib.suppress(*UNREADABLE, ET.ParseError), Image.open(path) as image:
                 told = tuple(ET.parse(xml).getroot().findtext(f"size/{side}") for side in ("width", "height"))

@@ -4,13 +4,14 @@ import json
 import os
 import shutil
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from e3va_lite.datasets.check import Problem, report
+from e3va_lite.datasets.check import Problem, check_dataset, report
 from e3va_lite.datasets.shapes import write_scenes
 from e3va_lite.datasets.voc import VOC_CLASSES
 from e3va_lite.errors import InputError
@@ -35,8 +36,8 @@ def recipe_of(task, **changes):
 
 
 def checked(recipe, root):
-    task = task_module(recipe.task)
-    return [p for split in (recipe.train_split, recipe.eval_split) for p in task.check(recipe, root, split)]
+    splits = check_dataset(recipe, root, task_module(recipe.task).check)
+    return [problem for found in splits.values() for problem in found]
 
 
 def stops(recipe, root):
@@ -155,7 +156,7 @@ VOC = {
     "word for number": (lambda r: add_object(r, (1, 1, "x", 9)), "without a name or a whole box", FATAL),
     "nan": (lambda r: add_object(r, (1, 1, "nan", 9)), "without a name or a whole box", FATAL),
     "zero area": (lambda r: add_object(r, (5, 5, 5, 9)), "zero area, dropped", HARMLESS),
-    "upside down": (lambda r: add_object(r, (5, 9, 9, 2)), "zero area, dropped", HARMLESS),
+    "upside down": (lambda r: add_object(r, (5, 9, 9, 2)), "exchanged corners, swapped", HARMLESS),
     "outside": (lambda r: add_object(r, (70, 5, 90, 9)), "outside their image, dropped", HARMLESS),
     "reaching out": (lambda r: add_object(r, (50, 5, 90, 9)), "reaching out of their image, cut", HARMLESS),
     "twice": (lambda r: twice(lambda r: add_object(r, (5, 5, 30, 30)), r), "objects annotated twice", HARMLESS),
@@ -298,7 +299,7 @@ COCO = {
     "no area": (of_annotation(area=...), "without 'area', counted from the mask", HARMLESS),
     "no iscrowd": (of_annotation(iscrowd=...), "without 'iscrowd', taken for single", HARMLESS),
     "image without objects": (again("images", id=99), "images without objects", HARMLESS),
-    "no objects": (edit(lambda c: c.update(annotations=[])), "annotation files without objects", HARMLESS),
+    "no objects": (edit(lambda c: c.update(annotations=[])), "training splits that teach nothing", FATAL),
     "info": (edit(lambda c: [c.pop("info"), c.pop("licenses")]), None, HARMLESS),
 }
 
@@ -326,12 +327,22 @@ def test_clean_files_have_no_problems_but_empty_images(clean, task):
 
 
 @pytest.mark.parametrize("task", ["voc", "coco"])
-def test_given_classes_are_minded(clean, task):
+def test_objects_of_other_classes_are_left_out_and_counted(clean, task):
     few = recipe_of(task, classes=["star", "fish"])
-    problems = checked(few, clean / task)
-    assert any("unknown class" in problem.kind and problem.fatal for problem in problems) and stops(few, clean / task)
+    module, root = task_module(task), clean / task
+    with pytest.warns(UserWarning, match=r"objects of other classes, dropped: \d+"):
+        train = module.dataset(few, root, few.train_split, few.classes, train=True)
+    every = module.dataset(recipe_of(task), root, few.train_split)
+    names = Counter(every.classes[label - 1] for i in range(len(every)) for label in every.target(i)["labels"])
+    contents = module.check(few, root, few.train_split).contents
+    left = {name: n for (name, reason), n in contents.left_out.items() if reason == "other classes"}
+    assert left == {name: names[name] for name in left} and set(left) == set(names) - {"star", "fish"}
+    assert {int(label) for i in range(len(train)) for label in train[i][1]["labels"]} <= {1, 2}
+    assert not any(problem.fatal for problem in checked(few, root)) and not stops(few, root)
     double = recipe_of(task, classes=["star", "star"])
-    assert any(problem.fatal for problem in checked(double, clean / task)) and stops(double, clean / task)
+    assert any(problem.fatal for problem in checked(double, root)) and stops(double, root)
+    with pytest.warns(UserWarning, match=r"classes without objects to learn from: 1 \(stars \(did you mean star\?\)\)"):
+        module.dataset(recipe_of(task, classes=["fish", "stars"]), root, few.train_split, ["fish", "stars"], train=True)
 
 
 def test_everything_is_found_not_only_the_first(clean, tmp_path):

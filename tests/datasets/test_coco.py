@@ -192,15 +192,16 @@ def test_slips_are_mended_with_one_warning(tmp_path):
     assert len(caught) == 1
     text = str(caught[0].message)
     assert str(root / "annotations/instances_train.json") in text
-    assert "boxes of zero area, dropped: 2 (annotation 1 of 1.png, annotation 2 of 1.png)" in text
+    assert "boxes of zero area, dropped: 1 (annotation 1 of 1.png)" in text
+    assert "boxes with exchanged corners, swapped: 1 (annotation 2 of 1.png)" in text
     assert "boxes outside their image, dropped: 1 (annotation 3 of 1.png)" in text
     assert "boxes reaching out of their image, cut: 1 (annotation 4 of 1.png)" in text
     assert "objects without a pixel in their mask, dropped: 2 (annotation 5 of 1.png, annotation 6 of 1.png)" in text
     assert "polygons of fewer than three points, left out: 2" in text
     boxes = dataset[0][1]["boxes"].tolist()
-    assert boxes == [[50, 40, 64, 48], [10, 5, 30, 20], [0, 0, 64, 48]]
+    assert boxes == [[2, 5, 5, 14], [50, 40, 64, 48], [10, 5, 30, 20], [0, 0, 64, 48]]
     assert dataset[0][1]["masks"].flatten(1).any(1).all()
-    with pytest.raises(InputError, match=r"zero area, dropped: 2 .*go without strict"):
+    with pytest.raises(InputError, match=r"zero area, dropped: 1 .*go without strict"):
         COCOInstances(root, "train", strict=True)
 
 

@@ -391,7 +391,7 @@ def test_complete_folder_is_reused(tmp_path):
 def test_other_scenes_are_kept_without_overwrite(tmp_path):
     small(tmp_path / "a", train=4)
     before = files(tmp_path / "a")
-    with pytest.raises(InputError, match=r"a' holds other scenes \(layout voc, not coco\): .* pass --overwrite"):
+    with pytest.raises(InputError, match=r"a' holds other scenes \(layout voc, not coco\): .* or remove it"):
         small(tmp_path / "a", layout="coco", train=4)
     with pytest.raises(InputError, match=r"\(train 4, not 2\)"):
         small(tmp_path / "a")

@@ -142,7 +142,6 @@ def test_exif_orientation_is_not_applied(tmp_path):
 def test_boxes_are_mended_with_one_warning(tmp_path):
     cases = {
         "line": (5, 5, 5, 20),  # zero area ...
-        "upside_down": (5, 20, 15, 5),
         "point": (WIDTH + 9, 5, WIDTH + 9, 5),  # ... wherever it lies
         "right_of_it": (WIDTH + 1, 5, WIDTH + 9, 20),
         "above_it": (5, -20, 15, 0),
@@ -151,6 +150,7 @@ def test_boxes_are_mended_with_one_warning(tmp_path):
         "by_one_pixel": (0, 5, 10, 20),  # as in files that count pixels from 0
         "by_less_than_a_pixel": (0.5, 1, WIDTH + 0.4, 20),
         "whole": (1, 1, WIDTH, HEIGHT),
+        "upside_down": (15, 20, 5, 6),
     }
     root = put(tmp_path, {name: thing("cell", box) + thing("dot") for name, box in cases.items()})
     with pytest.warns(UserWarning) as caught:
@@ -158,17 +158,19 @@ def test_boxes_are_mended_with_one_warning(tmp_path):
     assert len(caught) == 1
     text = str(caught[0].message)
     assert "in split 'train'" in text and str(root) in text
-    assert "boxes of zero area, dropped: 3 (line.xml, upside_down.xml, point.xml)" in text
+    assert "boxes of zero area, dropped: 2 (line.xml, point.xml)" in text
     assert "boxes outside their image, dropped: 2 (right_of_it.xml, above_it.xml)" in text
     assert "boxes reaching out of their image, cut: 3 (over_left.xml, over_all.xml, by_one_pixel.xml)" in text
+    assert "boxes with exchanged corners, swapped: 1 (upside_down.xml)" in text
     left = {t["image_id"]: t["boxes"][:-1].tolist() for t in map(dataset.target, range(len(dataset)))}
-    assert [name for name, boxes in left.items() if not boxes] == list(cases)[:5]
+    assert [name for name, boxes in left.items() if not boxes] == list(cases)[:4]
     assert left["over_left"] == left["by_one_pixel"] == [[0, 4, 10, 20]] and left["over_all"] == [[0, 0, WIDTH, HEIGHT]]
+    assert left["upside_down"] == [[4, 5, 15, 20]]
     assert left["by_less_than_a_pixel"] == [[0, 0, WIDTH, 20]] and left["whole"] == [[0, 0, WIDTH, HEIGHT]]
     assert all(dataset.target(i)["labels"].tolist()[-1] == 2 for i in range(len(dataset))), (
         "labels stay with their boxes"
     )
-    with pytest.raises(InputError, match=r"zero area, dropped: 3 .*outside their image, dropped: 2 .*strict"):
+    with pytest.raises(InputError, match=r"zero area, dropped: 2 .*outside their image, dropped: 2 .*strict"):
         VOCDetection(root, "train", strict=True)
 
 
