@@ -41,4 +41,5 @@ def create_trunk(
     for names, create in FAMILIES:
         if name.split(".")[0] in names():
             return create(name, pretrained, weights, drop_path_rate)
-    raise unknown("backbone", name, backbone_names())
+    hint = "choose swin_nano or one of timm's swin_*, swinv2_*, vit_* (plain, DINOv2 or DINOv3)"
+    raise unknown("backbone", name, backbone_names(), f"{hint}; {__name__}.backbone_names() lists them all")

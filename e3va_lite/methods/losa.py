@@ -84,18 +84,18 @@ class LoSA(SideNetwork):
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) -> one map (B, C_i, ceil(H/s_i), ceil(W/s_i)) per consumed stage."""
         with torch.no_grad():
-            l = embed(self.trunk, images)  # noqa: E741  (B, H, W, C), the highway's letter
+            l = embed(self.trunk, images)  # (B, H, W, C), the highway's letter
         e = l
         maps = {}
         for index, (stage, mixers) in enumerate(zip(self.trunk.layers, self.mixers, strict=False)):
             e = stage.downsample(e)  # the gradient passes these layers ...
             with torch.no_grad():
-                l = stage.downsample(l)  # noqa: E741  ... and never these
+                l = stage.downsample(l)  # ... and never these
             for block, mixer in zip(stage.blocks, mixers, strict=True):
                 with torch.no_grad():
                     f1 = f_p1(block, l)
                     f2 = f_p2(block, l + f1)
-                    l = l + f1 + f2  # noqa: E741
+                    l = l + f1 + f2
                 e = e + f1 + f2
                 e = e + mixer(e)
             maps[index + 1] = e

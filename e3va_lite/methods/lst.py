@@ -35,7 +35,7 @@ class Rung(nn.Module):
         self.down = nn.Linear(dim, width)
         self.a = nn.Parameter(torch.zeros(()))  # mu = 1/2
 
-    def forward(self, l: Tensor, s: Tensor) -> Tensor:  # noqa: E741, the paper's letter
+    def forward(self, l: Tensor, s: Tensor) -> Tensor:  # the paper's letter
         """(B, H, W, C) and (B, H, W, C / r) -> (B, H, W, C / r)"""
         mu = torch.sigmoid(self.a / TEMPERATURE)
         return mu * self.down(l) + (1 - mu) * s
@@ -78,17 +78,17 @@ class LST(SideNetwork):
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) -> one map (B, C_i, ceil(H/s_i), ceil(W/s_i)) per consumed stage."""
         with torch.no_grad():
-            l = embed(self.trunk, images)  # noqa: E741  (B, H, W, C), the highway's letter
+            l = embed(self.trunk, images)  # (B, H, W, C), the highway's letter
         s = self.start(l)  # (B, H, W, C / r)
         maps = {}
         for index, (stage, rungs, blocks) in enumerate(zip(self.trunk.layers, self.rungs, self.blocks, strict=False)):
             s = self.reductions[index](s)
             with torch.no_grad():
-                l = stage.downsample(l)  # noqa: E741
+                l = stage.downsample(l)
             for block, rung, small in zip(stage.blocks, rungs, blocks, strict=True):
                 with torch.no_grad():
-                    l = l + f_p1(block, l)  # noqa: E741
-                    l = l + f_p2(block, l)  # noqa: E741
+                    l = l + f_p1(block, l)
+                    l = l + f_p2(block, l)
                 s = rung(l, s)
                 s = s + f_p1(small, s)
                 s = s + f_p2(small, s)

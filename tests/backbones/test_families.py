@@ -14,8 +14,9 @@ from torch import nn
 
 from e3va_lite import InputError, assert_isolated, build_backbone, trace
 from e3va_lite.analysis.cost import memory_of, with_method
+from e3va_lite.analysis.isolation import random_functional
 from e3va_lite.backbones import dinov3, swin_v2, vit
-from e3va_lite.backbones.base import embed, f_p1, f_p2, trainable_parameters
+from e3va_lite.backbones.base import embed, f_p1, f_p2, is_neck, trainable_parameters
 from e3va_lite.backbones.registry import FAMILIES, backbone_names, create_trunk
 from e3va_lite.fused.frozen_stream import run
 from e3va_lite.methods.registry import METHODS, OTHERS
@@ -197,6 +198,18 @@ def test_the_pyramid_is_neck(family):
     pyramid = getattr(model.backbone.body.norms, "pyramid", nn.Identity())
     assert at_head == {id(p) for p in pyramid.parameters()}
     assert bool(at_head) == (family != "swin_v2")
+
+
+@pytest.mark.parametrize("method", EVERY)
+def test_every_trainable_parameter_gets_a_gradient(family, method):
+    """The pyramid's in every method; nothing of what is not run."""
+    backbone = small(family, method, stages=(1, 2)).train()
+    trainable = {name: p for name, p in backbone.named_parameters() if p.requires_grad}
+    if trainable:
+        random_functional(backbone(torch.randn(1, 3, 64, 96))).backward()
+    assert [name for name, p in trainable.items() if p.grad is None] == []
+    pyramid = {name for name, _ in backbone.named_parameters() if is_neck(name)}
+    assert pyramid <= trainable.keys() and bool(pyramid) == (family != "swin_v2")
 
 
 def test_paths_are_counted(family):

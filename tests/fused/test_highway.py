@@ -37,7 +37,7 @@ OPTIONS = [
 def few_rows(monkeypatch):
     """A map goes through in several pieces, as large ones do."""
     monkeypatch.setattr(frozen_stream, "ROWS", {"cpu": 100, "gpu": 100})
-    frozen_stream._places.cache_clear()
+    frozen_stream._window_indices.cache_clear()
 
 
 def trained_for_a_while(memory, **options):
@@ -103,9 +103,9 @@ def test_the_stream_is_equation_7(size, batch):
     for block in (block for stage in swin.layers for block in stage.blocks):
         nn.init.normal_(block.attn.relative_position_bias_table)  # new ones are all but zero
     with torch.no_grad():
-        l = fast = embed(swin, torch.randn(batch, 3, *size, dtype=torch.float64))  # noqa: E741
+        l = fast = embed(swin, torch.randn(batch, 3, *size, dtype=torch.float64))
         for stage in swin.layers:
-            l, fast = stage.downsample(l), stage.downsample(fast.clone())  # noqa: E741
+            l, fast = stage.downsample(l), stage.downsample(fast.clone())
             taps = [torch.full_like(fast.flatten(0, 2), torch.nan) for _ in range(2 * len(stage.blocks))]
             for block, rows, pair in frozen_stream.run(stage, fast):
                 for place, tap in enumerate(pair):
@@ -114,7 +114,7 @@ def test_the_stream_is_equation_7(size, batch):
             for block, f1, f2 in zip(stage.blocks, taps[::2], taps[1::2], strict=True):
                 expected1 = f_p1(block, l)
                 expected2 = f_p2(block, l + expected1)
-                l = l + expected1 + expected2  # noqa: E741
+                l = l + expected1 + expected2
                 torch.testing.assert_close(f1.view_as(l), expected1, rtol=1e-10, atol=1e-12)
                 torch.testing.assert_close(f2.view_as(l), expected2, rtol=1e-10, atol=1e-12)
             torch.testing.assert_close(fast, l, rtol=1e-10, atol=1e-12)

@@ -46,7 +46,7 @@ def test_what_is_trained_has_an_effect(method, options):
 
 
 def test_a_gate_stands_half_open_and_decides_what_a_side_block_sees():
-    rung, l, s = Rung(8, 4), torch.randn(2, 3, 3, 8), torch.randn(2, 3, 3, 4)  # noqa: E741
+    rung, l, s = Rung(8, 4), torch.randn(2, 3, 3, 8), torch.randn(2, 3, 3, 4)
     torch.testing.assert_close(rung(l, s), (rung.down(l) + s) / 2)
     rung.a.data.fill_(TEMPERATURE)
     mu = torch.sigmoid(torch.tensor(1.0))  # of a / T
