@@ -22,10 +22,10 @@ Within the backbone some modules are not called as a whole, see :func:`e3va_lite
 on them do not fire. Where hooks are needed, use ``memory="reference"``.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, product
 from typing import NamedTuple
 
 import torch
@@ -160,12 +160,16 @@ def _backward(highway: nn.Module, mode: MemoryMode, saved: Saved, grad_maps: tup
     """Gradients of all trained parameters from those of the maps."""
     grads: Gradients = {}
     grad_e = _backward_between_stages(highway, mode, saved, list(grad_maps), grads)
-    for pairs, pieces in zip(highway.adapters, _recover_taps(highway, mode, saved, grad_e[0].dtype), strict=True):
+    l = None if mode.taps else embed(highway.trunk, saved.images)
+    for stage, pairs, pieces in zip(highway.trunk.layers, highway.adapters, saved.taps, strict=False):
+        if not mode.taps:
+            l = stage.downsample(l)
         g = grad_e.pop(0).flatten(0, 2)  # (T, C), the gradient that all adapters of the stage receive
+        recovered = _unpack_taps(stage, pieces, mode, g) if mode.taps else frozen_stream.run(stage, l)
         trained, adapters = [_trained(pair) for pair in pairs], [list(pair) for pair in pairs]
         outer, _, columns = _concatenate_outer(adapters)
         z, grad_z = g.new_empty(len(g), outer.shape[1]), g @ outer
-        for block, rows, taps in pieces:
+        for block, rows, taps in recovered:
             with torch.enable_grad():
                 zs = [adapter.bottleneck(tap) for adapter, tap in zip(adapters[block], taps, strict=True)]
             _grad(zs, [grad_z[rows, column] for column in columns[block]], trained[block], grads)
@@ -199,29 +203,13 @@ def _backward_between_stages(
     return grad_e
 
 
-def _recover_taps(
-    highway: nn.Module, mode: MemoryMode, saved: Saved, dtype: torch.dtype
-) -> Iterator[frozen_stream.Taps]:
-    """The taps of each stage once more: as saved, or from a second run of the frozen stream."""
-    l = None if mode.taps else embed(highway.trunk, saved.images)
-    for stage, pieces in zip(highway.trunk.layers, saved.taps, strict=False):
-        if mode.taps:
-            yield _unpack_taps(len(stage.blocks), pieces, mode, dtype)
-        else:
-            l = stage.downsample(l)
-            yield frozen_stream.run(stage, l)
-
-
 def _unpack_taps(
-    blocks: int, pieces: list[tuple[Parts, Parts]], mode: MemoryMode, dtype: torch.dtype
+    stage: nn.Module, pieces: list[tuple[Parts, Parts]], mode: MemoryMode, g: Tensor
 ) -> frozen_stream.Taps:
-    per_block = len(pieces) // blocks
-    for block in range(blocks):
-        start = 0
-        for parts in pieces[block * per_block : (block + 1) * per_block]:
-            f1, f2 = (mode.unpack(some, dtype) for some in parts)
-            yield block, slice(start, start + len(f1)), (f1, f2)
-            start += len(f1)
+    """The saved taps of a stage, in the type of ``g`` (T, C), as :func:`.frozen_stream.run` yielded them."""
+    places = product(range(len(stage.blocks)), frozen_stream.slices(g))
+    for (block, rows), (f1, f2) in zip(places, pieces, strict=True):
+        yield block, rows, (mode.unpack(f1, g.dtype), mode.unpack(f2, g.dtype))
 
 
 def _vjp_of_reduction(reduction: nn.Module, e: Tensor, grad_y: Tensor, grads: Gradients) -> Sequence[Tensor]:

@@ -20,7 +20,7 @@ def plain_block(block: nn.Module, x: Tensor) -> Tensor:
 
 
 def serial_block(block: nn.Module, x: Tensor, a1: nn.Module, a2: nn.Module) -> Tensor:
-    """Equation (6): adapters behind the attention and behind the MLP, inside the backbone."""
+    """Equation (6): adapters after the attention and after the MLP, inside the backbone; (B, H, W, C) as above."""
     x = x + a1(f_p1(block, x))
     return x + a2(f_p2(block, x))
 

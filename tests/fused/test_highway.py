@@ -1,4 +1,4 @@
-"""The fast highway computes what the equations say: values, and gradients in every way with memory."""
+"""The fast highway computes what the equations say: values, and gradients in every memory mode."""
 
 import copy
 import json
@@ -142,7 +142,7 @@ def test_compress_changes_gradients_a_little_and_values_not_at_all():
     assert 1e-4 < max(errors.values()) < 0.02
     shared = {
         name: error for name, error in errors.items() if name.endswith("up.b")
-    }  # only norms and reductions on the way
+    }  # only norms and reductions on the path
     assert len(shared) == 16 and max(shared.values()) < 2e-3
 
 
@@ -292,12 +292,12 @@ class TestAutogradsManners:
         assert all(p.grad.is_meta for name, p in backbone.named_parameters() if not name.startswith("trunk."))
 
 
-def test_state_dicts_are_the_same_in_every_way():
+def test_state_dicts_are_the_same_in_every_memory_mode():
     states = [build_backbone("e3va", "swin_nano", memory=memory).state_dict() for memory in MEMORY]
     assert all(list(state) == list(states[0]) for state in states)
 
 
-def test_the_way_with_memory_has_a_default():
+def test_the_memory_mode_has_a_default():
     assert build_backbone("e3va", "swin_nano").memory == "compress"
     assert build_backbone("e3va", "swin_nano", structure="chained").memory == "reference"
 
