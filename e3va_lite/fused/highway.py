@@ -159,7 +159,7 @@ def _forward(
 def _backward(highway: nn.Module, mode: MemoryMode, saved: Saved, grad_maps: tuple[Tensor, ...]) -> Gradients:
     """Gradients of all trained parameters from those of the maps."""
     grads: Gradients = {}
-    grad_e = _backward_between_stages(highway, mode, saved, list(grad_maps), grads)
+    grad_e = _shared_gradients(highway, mode, saved, list(grad_maps), grads)
     l = None if mode.taps else embed(highway.trunk, saved.images)
     for stage, pairs, pieces in zip(highway.trunk.layers, highway.adapters, saved.taps, strict=False):
         if not mode.taps:
@@ -182,7 +182,7 @@ def _backward(highway: nn.Module, mode: MemoryMode, saved: Saved, grad_maps: tup
     return grads
 
 
-def _backward_between_stages(
+def _shared_gradients(
     highway: nn.Module, mode: MemoryMode, saved: Saved, grad_maps: list[Tensor], grads: Gradients
 ) -> list[Tensor]:
     """``dL/de_out`` of every stage: from its own map, and through the reduction from the next stage."""
