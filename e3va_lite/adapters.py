@@ -1,8 +1,8 @@
 """Adapters (Fig. 4): ``A(x) = x + U(GeLU(D(x)))`` with the projections D and U full or dual low-rank.
 
-All of them are the identity when they are new: the outer factor of U and U's bias are zero. Everything else is random;
-if both factors of a product were zero, neither would ever receive a gradient. So U moves at the first step of training
-and D at the second. The skip ``+ x`` belongs to the adapter: it is what makes equation (8) equal to (7) at the start.
+New adapters are the identity: the outer factor of U and U's bias are zero. Everything else is random, since if both
+factors of a product were zero, neither would ever receive a gradient. So U changes at the first training step and D at
+the second. The skip ``+ x`` belongs to the adapter: it makes equation (8) equal to (7) at the start.
 """
 
 import torch
@@ -30,7 +30,7 @@ class LowRankLinear(nn.Module):
         return F.linear(F.linear(x, self.t), self.s, self.b)
 
     def zero(self) -> None:
-        """Make the output zero and leave a way to move: the inner factor stays random."""
+        """Make the output zero; the inner factor stays random, so that gradients can still flow."""
         nn.init.zeros_(self.s)
 
 
@@ -55,7 +55,7 @@ class LowRankAdapter(nn.Module):
         self.up.zero()
 
     def bottleneck(self, x: Tensor) -> Tensor:
-        """All but U's outer factor: ``t_U GeLU(D(x))``; (..., n) -> (..., 2 alpha)."""
+        """The adapter up to U's outer factor: ``t_U GeLU(D(x))``; (..., n) -> (..., 2 alpha)."""
         return F.linear(F.gelu(self.down(x)), self.up.t)
 
     @property
@@ -73,7 +73,7 @@ class StandardAdapter(nn.Module):
 
     Args:
         dim: Channels n of the tap.
-        middle: Middle dimension m. 64 where it stands inside the backbone, 32 on the highway (Table 5).
+        middle: Middle dimension m. 64 inside the backbone, 32 on the highway (Table 5).
     """
 
     def __init__(self, dim: int, middle: int) -> None:
@@ -96,7 +96,7 @@ class StandardAdapter(nn.Module):
         return self.up.weight, self.up.bias
 
     def change(self, x: Tensor) -> Tensor:
-        """The adapter without its skip, for the methods that add it elsewhere; (..., n) -> (..., n)."""
+        """The adapter without its skip, for methods that place it elsewhere; (..., n) -> (..., n)."""
         return self.up(self.bottleneck(x))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -107,8 +107,8 @@ class StandardAdapter(nn.Module):
 class KernelAdapter(nn.Module):
     """A LoRand adapter (Yin et al., CVPR 2023): branches ``P K Q`` with a small kernel K that D and U share.
 
-    Two branches of rank 8 and middle n/2 explain the Swin-B count of Table 2 (1.20 M); nothing that we tried explains
-    the Swin-L count of Table 1 (1.31 M).
+    Two branches of rank 8 with middle n/2 give the Swin-B count of Table 2 (1.20 M). We found no setting that gives the
+    Swin-L count of Table 1 (1.31 M).
     """
 
     def __init__(self, dim: int, rank: int = 8, branches: int = 2) -> None:
@@ -144,14 +144,14 @@ class QVUpdate(nn.Module):
         self.b = nn.Parameter(torch.zeros(2, dim, rank))
 
     def hook(self, qkv: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-        """As a forward hook of the qkv layer, so that the pretrained part keeps its state-dict keys."""
+        """A forward hook for the qkv layer, so that the backbone keeps its state-dict keys."""
         (x,) = inputs
         q, v = (F.linear(F.linear(x, a), b) for a, b in zip(self.a, self.b, strict=True))
         return output + torch.cat([q, torch.zeros_like(q), v], dim=-1)  # (B * windows, tokens, 3 C)
 
 
 def at_least_one(**sizes: int) -> None:
-    """Sizes that a layer cannot have: InputError for the first one below 1."""
+    """Raise an InputError for the first size below 1."""
     for name, size in sizes.items():
         if size < 1:
             raise InputError(f"{name}={size} leaves the adapter no dimension: choose {name} of 1 or more.")

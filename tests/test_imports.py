@@ -78,7 +78,7 @@ def test_imports_only_point_down(file):
     place = ("e3va_lite", *file.relative_to(PACKAGE).with_suffix("").parts)
     if len(place) == 2 and place[1] in ("__init__", "__main__"):
         return  # the front door and the back door
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.level:
             target = (*place[: -node.level], *(node.module.split(".") if node.module else ()))
             rooms = [target[1]] if len(target) > 1 else [name.name for name in node.names]

@@ -1,1 +1,1 @@
-"""What a pretrained backbone has to offer, and the families that offer it."""
+"""Pretrained backbones: their common interface, and one module per family."""

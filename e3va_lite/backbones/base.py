@@ -1,18 +1,18 @@
-"""What a pretrained backbone has to offer, written down once.
+"""The interface of a pretrained backbone.
 
-To the methods of this package every backbone is a *trunk*: tokens, a map (B, H, W, C), run through stages of blocks.
-A block adds two *taps* to them, equation (5):
+To the methods of this package every backbone is a *trunk*: a map of tokens, (B, H, W, C), passes stages of blocks. A
+block adds two *taps* to the map, equation (5):
 
     x + f_P1(x) + f_P2(x + f_P1(x))
 
-and every stage begins with a reduction of the map. So a trunk is a module with
+and every stage begins with a reduction of the map. A trunk is a module with
 
     trunk.layers[i].downsample    the reduction, (B, H, W, C) -> (B, H', W', C'); an identity where nothing is reduced
     trunk.layers[i].blocks        the blocks; each has its width as ``dim`` and a fused projection ``attn.qkv``
 
-A family of backbones is a file (:mod:`~e3va_lite.backbones.swin`, :mod:`~e3va_lite.backbones.swin_v2`,
-:mod:`~e3va_lite.backbones.vit`, :mod:`~e3va_lite.backbones.dinov3`) that builds trunks and registers, for its own
-classes, the functions of this one.
+Each family of backbones is a module (:mod:`~e3va_lite.backbones.swin`, :mod:`~e3va_lite.backbones.swin_v2`,
+:mod:`~e3va_lite.backbones.vit`, :mod:`~e3va_lite.backbones.dinov3`) that builds trunks and registers implementations of
+the functions below for its classes.
 """
 
 from functools import partial, singledispatch
@@ -28,25 +28,25 @@ def embed(trunk: nn.Module, images: Tensor) -> Tensor:
     Raises:
         InputError: For images that the trunk cannot take.
     """
-    raise NotImplementedError(f"no family of backbones has said how {type(trunk).__name__} embeds images")
+    raise NotImplementedError(f"no family of backbones registers embed for {type(trunk).__name__}")
 
 
 @singledispatch
 def f_p1(block: nn.Module, x: Tensor) -> Tensor:
     """The tap ``f_P1`` of a block, its attention half without the skip: (B, H, W, C) -> (B, H, W, C)."""
-    raise NotImplementedError(f"no family of backbones has said what the taps of {type(block).__name__} are")
+    raise NotImplementedError(f"no family of backbones registers f_p1 for {type(block).__name__}")
 
 
 @singledispatch
 def f_p2(block: nn.Module, x: Tensor) -> Tensor:
     """The tap ``f_P2`` of a block, its MLP half without the skip, token by token: (..., C) -> (..., C)."""
-    raise NotImplementedError(f"no family of backbones has said what the taps of {type(block).__name__} are")
+    raise NotImplementedError(f"no family of backbones registers f_p2 for {type(block).__name__}")
 
 
 def freeze(module: nn.Module) -> nn.Module:
-    """Freezing is a mode and a flag: no parameter asks for a gradient, and nothing is random.
+    """Freeze a module by flag and by mode: no parameter requires a gradient, and dropout is off.
 
-    The mode does not survive ``model.train()`` on a parent; the backbones of this package re-apply it in their
+    The mode does not survive ``model.train()`` on a parent; the backbones of this package restore it in their
     ``train`` method.
     """
     return module.requires_grad_(False).eval()
@@ -58,16 +58,16 @@ def stage_dims(trunk: nn.Module) -> list[int]:
 
 
 class FPNNorms(nn.ModuleDict):
-    """One new LayerNorm per consumed stage (paper section 3.2, "FPN in E3VA"), and the way from NHWC to NCHW.
+    """One new LayerNorm per consumed stage (paper section 3.2, "FPN in E3VA"), and the conversion from NHWC to NCHW.
 
-    Keys are stage numbers from 1. Classifiers have no such norms, so they start as plain LayerNorms and are trained
-    or kept, never pretrained.
+    Keys are stage numbers from 1. Classifiers have no such norms: they are never pretrained, and either trained or
+    left at their initial values.
 
     Attributes:
         stages: The stages whose maps are normed.
         out_channels: Channels of each map for the neck.
         strides: Pixels per step of each map for the neck.
-        divisor: What a task pads the sides of its images to a multiple of.
+        divisor: The sides of images are padded to a multiple of this.
     """
 
     def __init__(self, trunk: nn.Module, stages: tuple[int, ...], trainable: bool) -> None:
@@ -85,17 +85,17 @@ class FPNNorms(nn.ModuleDict):
         return [to_nchw(self[str(stage)](maps[stage])) for stage in self.stages]
 
     def finish(self, maps: list[Tensor], images: Tensor) -> list[Tensor]:
-        """What ``forward`` returned -> the maps for the neck: the same, where every stage has a size of its own."""
+        """The output of ``forward`` -> the maps for the neck; the same maps where every stage has its own size."""
         return maps
 
 
 def is_neck(name: str) -> bool:
-    """Whether a parameter of that name, although inside a backbone, is part of a pyramid, which stands for the neck."""
+    """Whether the parameter of a backbone with this name is part of a pyramid, which belongs to the neck."""
     return "norms.pyramid." in name
 
 
 def trainable_parameters(module: nn.Module) -> int:
-    """Numbers of a backbone that an optimiser may change, shared ones counted once."""
+    """The number of trainable parameters of a backbone without its pyramid; shared ones are counted once."""
     return sum(p.numel() for name, p in module.named_parameters() if p.requires_grad and not is_neck(name))
 
 
@@ -105,7 +105,7 @@ def to_nchw(x: Tensor) -> Tensor:
 
 @singledispatch
 def fpn_norms(trunk: nn.Module, stages: tuple[int, ...], trainable: bool) -> FPNNorms:
-    """The norms before the neck, and what follows from them: number, width and stride of the maps.
+    """The norms before the neck, which define number, width and stride of the maps.
 
     Args:
         stages: The maps (from 1, the finest) that the task consumes.
@@ -117,12 +117,12 @@ class SideNetwork(nn.Module):
     """A frozen backbone, the norms before the neck and, in subclasses, what is trained beside the backbone.
 
     Args:
-        trunk: The pretrained part; it is frozen here.
+        trunk: The pretrained backbone; it is frozen here.
         stages: The stages (from 1) whose maps the task consumes; norms exist for these only.
         fpn_norm_trainable: Whether the norms before the neck are trained (Table 6).
 
     Attributes:
-        last_stage: What lies behind it is not run.
+        last_stage: The last consumed stage; later ones are not run.
         out_channels: Channels of each map.
         strides: Pixels per step of each map.
         divisor: See :class:`FPNNorms`.
@@ -138,5 +138,5 @@ class SideNetwork(nn.Module):
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
-        self.trunk.eval()  # frozen is a mode too: no stochastic depth on the stream
+        self.trunk.eval()  # freezing is a mode, too: no stochastic depth in the frozen stream
         return self

@@ -1,4 +1,4 @@
-"""DINOv3's ViTs (Simeoni et al. 2025): plain ones whose attention turns queries and keys by their place (RoPE)."""
+"""DINOv3's ViTs (Simeoni et al. 2025): plain ones with rotary position embeddings (RoPE) in the attention."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .base import FPNNorms, embed, f_p1, f_p2, fpn_norms
 from .hub import from_timm
-from .vit import PyramidNorms, as_trunk, lay_out, patches, rows_of, take_up
+from .vit import PyramidNorms, as_trunk, patches, rows_of, to_map, to_tokens
 
 
 def dinov3_names() -> list[str]:
@@ -19,12 +19,12 @@ def dinov3_names() -> list[str]:
 def create_dinov3(
     name: str, pretrained: bool = False, weights: str | Path | None = None, drop_path_rate: float = 0.0
 ) -> Eva:
-    """As :func:`e3va_lite.backbones.vit.create_vit`, of one of :func:`dinov3_names`."""
+    """As :func:`e3va_lite.backbones.vit.create_vit`, for one of :func:`dinov3_names`."""
     options = {"drop_path_rate": drop_path_rate, "num_classes": 0}
     vit = as_trunk(from_timm(name, pretrained and weights is None, options), weights)
     for block in vit.layers[0].blocks:
-        block.turns = vit.rope.get_embed  # of a grid of patches; all blocks share them
-        block.attn.qkv_bias_separate = True  # the same sum, and a call of ``qkv`` that LoRA's hook sees
+        block.rope = vit.rope.get_embed  # for a grid of patches; shared by all blocks
+        block.attn.qkv_bias_separate = True  # equal, and calls the module qkv, which LoRA hooks
     return vit
 
 
@@ -32,15 +32,15 @@ def create_dinov3(
 def _(vit: Eva, images: Tensor) -> Tensor:
     x = patches(vit, images)
     tokens, _ = vit._pos_embed(x)
-    return lay_out(vit.norm_pre(tokens), vit.num_prefix_tokens, x.shape[2])
+    return to_map(vit.norm_pre(tokens), vit.num_prefix_tokens, x.shape[2])
 
 
 @f_p1.register
 def _(block: EvaBlock, x: Tensor) -> Tensor:
     _, height, width, _ = x.shape
-    rope = block.turns(shape=(height - rows_of(block.prefix, width), width))
-    attended = block.attn(block.norm1(take_up(x, block.prefix)), rope=rope)
-    return lay_out(block.drop_path1(block.gamma_1 * attended), block.prefix, width)
+    rope = block.rope(shape=(height - rows_of(block.prefix, width), width))
+    attended = block.attn(block.norm1(to_tokens(x, block.prefix)), rope=rope)
+    return to_map(block.drop_path1(block.gamma_1 * attended), block.prefix, width)
 
 
 @f_p2.register

@@ -1,4 +1,4 @@
-"""timm's models by name, with weights from its hub or without."""
+"""timm's models by name, with or without weights from its hub."""
 
 import timm
 from torch import nn
@@ -13,7 +13,7 @@ def from_timm(name: str, pretrained: bool, options: dict) -> nn.Module:
     """timm's model of that name.
 
     Raises:
-        InputError: For a pretraining tag that there is not, or a hub that cannot be reached.
+        InputError: For an unknown pretraining tag, or a hub that cannot be reached.
     """
     if "." not in name and name + PAPER_TAG in timm.list_pretrained(name + ".*"):
         name += PAPER_TAG

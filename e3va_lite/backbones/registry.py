@@ -1,4 +1,4 @@
-"""Every backbone by its name."""
+"""All backbones by name."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from .swin import create_swin, swin_names
 from .swin_v2 import create_swin_v2, swin_v2_names
 from .vit import create_vit, vit_names
 
-#: Per family, the names that it knows and the function that builds a trunk from one of them.
+#: Per family, the function that lists its names and the one that builds a trunk from a name.
 FAMILIES = (
     (swin_names, create_swin),
     (swin_v2_names, create_swin_v2),
@@ -20,7 +20,7 @@ FAMILIES = (
 
 
 def backbone_names() -> list[str]:
-    """Every backbone that :func:`create_trunk` can build: timm's, and those in miniature."""
+    """Every backbone that :func:`create_trunk` can build: timm's and the miniatures."""
     return [name for names, _ in FAMILIES for name in names()]
 
 
@@ -41,4 +41,5 @@ def create_trunk(
     for names, create in FAMILIES:
         if name.split(".")[0] in names():
             return create(name, pretrained, weights, drop_path_rate)
-    raise unknown("backbone", name, backbone_names())
+    hint = "choose swin_nano or one of timm's swin_*, swinv2_*, vit_* (plain, DINOv2 or DINOv3)"
+    raise unknown("backbone", name, backbone_names(), f"{hint}; {__name__}.backbone_names() lists them all")

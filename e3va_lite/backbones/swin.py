@@ -1,4 +1,4 @@
-"""The Swin Transformer, opened up: stages, blocks and the two taps of every block.
+"""The Swin Transformer: stages, blocks and the two taps of every block.
 
 The modules and their weights are timm's; the order of operations is the official dense-prediction one ("Swin
 Transformer", Liu et al. 2021, detection and segmentation code), which pads a map to whole windows *before* it rolls it.
@@ -22,16 +22,16 @@ from .base import embed, f_p1, f_p2
 from .hub import from_timm
 from .weights import load_weights
 
-MIN_SIZE = 32  # pixels: below this the last stage has less than one token
+MIN_SIZE = 32  # pixels; below, the last stage has less than one token
 
-#: A Swin in miniature, 3.5 M parameters, and a sibling that computes half as much again.
+#: A Swin in miniature with 3.5 M parameters, and a deeper one that computes half as much again.
 NANO = {"embed_dim": 40, "depths": (2, 2, 2, 2), "num_heads": (1, 2, 4, 8), "window_size": 7, "weight_init": "jax"}
 MINIATURES = {"swin_nano": NANO, "swin_nano_deep": NANO | {"depths": (2, 6, 2, 2)}}
-PRETRAINED = Path(__file__).parent / "pretrained"  # where theirs are, each as NAME.safetensors with a card beside it
+PRETRAINED = Path(__file__).parent / "pretrained"  # their weights, each NAME.safetensors with a model card
 
 
 def swin_names() -> list[str]:
-    """Every Swin that :func:`create_swin` can build: timm's, and those in miniature."""
+    """Every Swin that :func:`create_swin` can build: timm's and the miniatures."""
     return [*MINIATURES, *timm.list_models("swin_*", exclude_filters="*cr*")]
 
 
@@ -71,7 +71,7 @@ def image_size(text: str) -> tuple[int, int]:
     """``"224x320"`` -> (224, 320), height first.
 
     Raises:
-        InputError: For what is not of that form, or below Swin's 32 pixels.
+        InputError: For any other form, or a side below Swin's 32 pixels.
     """
     match = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", text)
     if not match or min(map(int, match.groups())) < MIN_SIZE:
@@ -132,9 +132,9 @@ def in_windows(block: nn.Module, x: Tensor) -> Tensor:
 
 
 def _window_mask(block: nn.Module, x: Tensor) -> Tensor | None:
-    """What may not attend to what after the roll: (windows, tokens, tokens) of 0 and -10,000, or None without a shift.
+    """The attention mask after the roll: (windows, tokens, tokens) of 0 and -10,000, or None without a shift.
 
-    The official mask says -100, whose softmax is not zero but a denormal number, which CPUs multiply slowly; with
+    The official mask is -100, whose softmax is not zero but a denormal number, which CPUs multiply slowly; with
     -10,000 it is zero, and the maps are the same.
     """
     mask = block.get_attn_mask(x)
@@ -142,6 +142,6 @@ def _window_mask(block: nn.Module, x: Tensor) -> Tensor | None:
 
 
 def merge(x: Tensor) -> Tensor:
-    """What a reduction does first: 2x2 neighbours side by side, (B, H, W, C) -> (B, ceil(H/2), ceil(W/2), 4 C)."""
+    """Concatenate the channels of 2x2 neighbours, (B, H, W, C) -> (B, ceil(H/2), ceil(W/2), 4 C)."""
     x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
     return x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).permute(0, 1, 3, 4, 2, 5).flatten(3)

@@ -1,6 +1,6 @@
-"""Swin Transformer V2 (Liu et al. 2022): the norms stand at the end of the two halves of a block, and not before them.
+"""Swin Transformer V2 (Liu et al. 2022): the two halves of a block end in their norms instead of beginning with them.
 
-So the taps are ``f_P1(x) = LN1(W-MSA(x))`` and ``f_P2(x) = LN2(MLP(x))``; equations (5) to (8) say the same of them.
+So the taps are ``f_P1(x) = LN1(W-MSA(x))`` and ``f_P2(x) = LN2(MLP(x))``; equations (5) to (8) hold unchanged.
 Padding, shift and windows are those of :mod:`e3va_lite.backbones.swin`.
 """
 
@@ -24,12 +24,12 @@ def swin_v2_names() -> list[str]:
 def create_swin_v2(
     name: str, pretrained: bool = False, weights: str | Path | None = None, drop_path_rate: float = 0.0
 ) -> SwinTransformerV2:
-    """As :func:`e3va_lite.backbones.swin.create_swin`, of one of :func:`swin_v2_names`."""
+    """As :func:`e3va_lite.backbones.swin.create_swin`, for one of :func:`swin_v2_names`."""
     options = {"strict_img_size": False, "always_partition": True, "drop_path_rate": drop_path_rate, "num_classes": 0}
     swin = from_timm(name, pretrained and weights is None, options)
     swin.norm, swin.head = nn.Identity(), nn.Identity()
     for block in (block for stage in swin.layers for block in stage.blocks):
-        block.attn.qkv_bias_separate = True  # the same sum, and a call of ``qkv`` that LoRA's hook sees
+        block.attn.qkv_bias_separate = True  # equal, and calls the module qkv, which LoRA hooks
     if weights is not None:
         load_weights(swin, weights)
     return swin

@@ -1,8 +1,8 @@
 """Plain Vision Transformers (Dosovitskiy et al. 2021), DINOv2 (Oquab et al. 2024) among them, as trunks of one stage.
 
-All blocks work on one map, so nothing is reduced, and what a dense task wants in four sizes comes from the simple
-pyramid of ViTDet (Li et al. 2022). Tokens that belong to no place (class, registers) are needed by the attention; they
-travel as rows above the map, as many as they fill, and are taken off behind the last block.
+All blocks work on one map, so nothing is reduced, and the four sizes that a dense task needs come from the simple
+pyramid of ViTDet (Li et al. 2022). The prefix tokens (class, registers) have no place in the map but take part in the
+attention; they are stored as extra rows above the map, and removed after the last block.
 """
 
 import re
@@ -47,7 +47,7 @@ def create_vit(
 
 
 class OneStage(nn.Module):
-    """All blocks of a plain ViT, as a trunk has them."""
+    """All blocks of a plain ViT as one stage, the way a trunk holds them."""
 
     def __init__(self, blocks: nn.Module) -> None:
         super().__init__()
@@ -82,19 +82,19 @@ def patches(vit: nn.Module, images: Tensor) -> Tensor:
     return vit.patch_embed(F.pad(images, (0, -images.shape[3] % width, 0, -images.shape[2] % height)))
 
 
-def lay_out(tokens: Tensor, prefix: int, width: int) -> Tensor:
-    """(B, prefix + H * W, C) -> (B, rows + H, W, C), the prefix in rows of its own, filled up with zeros."""
+def to_map(tokens: Tensor, prefix: int, width: int) -> Tensor:
+    """(B, prefix + H * W, C) -> (B, rows + H, W, C), the prefix tokens in rows of their own, padded with zeros."""
     first, rest = tokens[:, :prefix], tokens[:, prefix:]
     return torch.cat([F.pad(first, (0, 0, 0, -prefix % width)), rest], dim=1).unflatten(1, (-1, width))
 
 
 def rows_of(prefix: int, width: int) -> int:
-    """Rows that the tokens without a place fill."""
+    """The number of rows that the prefix tokens fill."""
     return -(-prefix // width)
 
 
-def take_up(x: Tensor, prefix: int) -> Tensor:
-    """What :func:`lay_out` was given."""
+def to_tokens(x: Tensor, prefix: int) -> Tensor:
+    """The inverse of :func:`to_map`."""
     rows = rows_of(prefix, x.shape[2])
     return torch.cat([x[:, :rows].flatten(1, 2)[:, :prefix], x[:, rows:].flatten(1, 2)], dim=1)
 
@@ -102,13 +102,13 @@ def take_up(x: Tensor, prefix: int) -> Tensor:
 @embed.register
 def _(vit: VisionTransformer, images: Tensor) -> Tensor:
     x = patches(vit, images)
-    return lay_out(vit.norm_pre(vit._pos_embed(x)), vit.num_prefix_tokens, x.shape[2])
+    return to_map(vit.norm_pre(vit._pos_embed(x)), vit.num_prefix_tokens, x.shape[2])
 
 
 @f_p1.register
 def _(block: Block, x: Tensor) -> Tensor:
-    attended = block.ls1(block.attn(block.norm1(take_up(x, block.prefix))))
-    return lay_out(block.drop_path1(attended), block.prefix, x.shape[2])
+    attended = block.ls1(block.attn(block.norm1(to_tokens(x, block.prefix))))
+    return to_map(block.drop_path1(attended), block.prefix, x.shape[2])
 
 
 @f_p2.register
@@ -122,9 +122,9 @@ def _(vit: VisionTransformer, stages: tuple[int, ...], trainable: bool) -> FPNNo
 
 
 class PyramidNorms(FPNNorms):
-    """The norm behind the only stage, and ViTDet's simple pyramid: maps of 4, 2, 1 and 1/2 times the trunk's size.
+    """The norm after the only stage, and ViTDet's simple pyramid: maps of 4, 2, 1 and 1/2 times the trunk's size.
 
-    The pyramid is trained in every method, as the neck is that it stands for.
+    The pyramid belongs to the neck and is trained in every method.
     """
 
     def __init__(self, vit: nn.Module, stages: tuple[int, ...], trainable: bool) -> None:

@@ -1,23 +1,31 @@
-"""The parallel highway at the price of a frozen backbone: what :mod:`e3va_lite.highway` says, computed otherwise.
+"""The parallel highway in fused form: what :mod:`e3va_lite.highway` computes, at the cost of a frozen backbone.
 
 Let ``h_1 ... h_K`` be the taps of a stage, two per block, and ``A_k(h) = h + S_k z_k + b_k`` its adapters, where
-``z_k`` is the adapter as far as the outer factor ``S_k`` of its up-projection. Equation (8), added up over the stage:
+``S_k`` is the outer factor of the up-projection and ``z_k`` the bottleneck that it is applied to. Equation (8), summed
+over the stage, is
 
     e_out = l_out + (e_in - l_in) + [S_1 ... S_K] [z_1; ...; z_K] + b_1 + ... + b_K
 
-because by equation (7) the taps themselves add up to ``l_out - l_in``. So all up-projections of a stage are one
-product. On the way back all adapters of the stage receive one and the same gradient ``g = dL/de_out``, known before any
-of its taps is needed. A tap is needed once, to bring its ``z_k`` back to life, and may come from anywhere: it was kept,
-it was kept in 8 bits, or the stream runs once more and the taps come by again (``WAYS``).
+because by equation (7) the taps themselves sum to ``l_out - l_in``. So all up-projections of a stage are one matrix
+product. In the backward pass all adapters of the stage receive the same gradient ``g = dL/de_out``, which is known
+before any tap is needed. A tap is needed once, to recompute its ``z_k``, and may come from anywhere. The memory mode
+decides what is saved between the two passes:
 
-Autograd sees one node for the whole highway; the order of the backward pass is this file's. What happens inside an
-adapter, a reduction or a norm is left to autograd, on little graphs that end where the stream begins.
+    store        the taps, as they are
+    compress     the taps and the highway's own maps, in 8 bits (:mod:`e3va_lite.fused.int8`)
+    recompute    the highway's own maps only; the frozen stream is run a second time
+
+Autograd sees one node for the whole highway; its backward pass is written here. The insides of an adapter, a reduction
+or a norm are left to autograd, on small graphs that end where the frozen stream begins.
+
+Within the backbone some modules are not called as a whole, see :func:`e3va_lite.fused.frozen_stream.run`: forward hooks
+on them do not fire. Where hooks are needed, use ``memory="reference"``.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, product
 from typing import NamedTuple
 
 import torch
@@ -37,49 +45,49 @@ Parts = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
-class Way:
-    """What is kept between the forward and the backward pass.
+class MemoryMode:
+    """What is saved between the forward and the backward pass.
 
     Attributes:
-        taps: Whether the taps are; otherwise the stream runs once more.
-        packed: Whether taps and the highway's own maps are kept in 8 bits.
+        taps: Whether the taps are saved; otherwise the frozen stream is run again.
+        packed: Whether taps and the highway's own maps are saved in 8 bits.
     """
 
     taps: bool
     packed: bool
 
-    def keep(self, x: Tensor) -> Parts:
+    def pack(self, x: Tensor) -> Parts:
         return pack(x) if self.packed else (x,)
 
-    def give_back(self, parts: Parts, dtype: torch.dtype) -> Tensor:
+    def unpack(self, parts: Parts, dtype: torch.dtype) -> Tensor:
         return unpack(*parts, dtype) if self.packed else parts[0]
 
 
-WAYS = {
-    "store": Way(taps=True, packed=False),
-    "compress": Way(taps=True, packed=True),
-    "recompute": Way(taps=False, packed=False),
+MEMORY_MODES = {
+    "store": MemoryMode(taps=True, packed=False),
+    "compress": MemoryMode(taps=True, packed=True),
+    "recompute": MemoryMode(taps=False, packed=False),
 }
 
 
-class Kept(NamedTuple):
-    """What the backward pass will ask for.
+class Saved(NamedTuple):
+    """What the backward pass needs.
 
     Attributes:
         images: (B, 3, H, W)
-        e: Per stage, what the next reduction sees; None if the stages up to here are rather run again.
-        mapped: Per stage, what its norm sees.
+        e: Per stage, its output ``e``, the next reduction's input; None where it is recomputed.
+        norm_inputs: Per stage, the input of its norm.
         taps: Per stage, for every piece of its taps, in the order of :func:`.frozen_stream.run`, the pair.
     """
 
     images: Tensor
     e: list[Parts | None]
-    mapped: list[Parts | None]
+    norm_inputs: list[Parts | None]
     taps: list[list[tuple[Parts, Parts]]]
 
 
 def run(highway: nn.Module, images: Tensor) -> list[Tensor]:
-    """The maps for the neck of a parallel :class:`e3va_lite.highway.E3VA`, in one of its ways with memory."""
+    """The maps for the neck of a parallel :class:`e3va_lite.highway.E3VA` in one of the ``MEMORY_MODES``."""
     norms = [norm for i in range(highway.last_stage) if (norm := highway.norm(i)) is not None]
     own = [highway.adapters, *norms, *([] if highway.reductions is None else [highway.reductions])]
     trained = [p for module in own for p in _trained(module)]  # and nothing of the backbone
@@ -94,152 +102,145 @@ def run(highway: nn.Module, images: Tensor) -> list[Tensor]:
 class _Highway(torch.autograd.Function):
     @staticmethod
     def forward(ctx, highway: nn.Module, images: Tensor, *trained: nn.Parameter) -> tuple[Tensor, ...]:
-        way = WAYS[highway.memory]
-        maps, kept = _forward(highway, images, way)
-        leaves, ctx.layout = tree_flatten(kept)
+        mode = MEMORY_MODES[highway.memory]
+        maps, saved = _forward(highway, images, mode)
+        leaves, ctx.layout = tree_flatten(saved)
         ctx.save_for_backward(*leaves, *trained)
-        ctx.highway, ctx.way, ctx.trained, ctx.precision = highway, way, trained, _precision(images)
+        ctx.highway, ctx.mode, ctx.trained, ctx.precision = highway, mode, trained, _precision(images)
         return tuple(maps)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx, *grad_maps: Tensor) -> tuple[Tensor | None, ...]:
         leaves = ctx.saved_tensors[: ctx.layout.num_leaves]  # an error if a trained parameter was changed since
-        kept = tree_unflatten(leaves, ctx.layout)
+        saved = tree_unflatten(leaves, ctx.layout)
         with ctx.precision:
-            found = _backward(ctx.highway, ctx.way, kept, gradients)
-        return None, None, *(found.get(p) for p in ctx.trained)
+            grads = _backward(ctx.highway, ctx.mode, saved, grad_maps)
+        return None, None, *(grads.get(p) for p in ctx.trained)
 
 
 def _forward(
-    highway: nn.Module, images: Tensor, way: Way | None = None, stages: int | None = None
-) -> tuple[list[Tensor], Kept]:
-    """The maps for the neck, and what the backward pass will ask for; without a way, nothing.
+    highway: nn.Module, images: Tensor, mode: MemoryMode | None = None, stages: int | None = None
+) -> tuple[list[Tensor], Saved]:
+    """The maps for the neck, and what the backward pass needs.
 
     Args:
-        stages: Stop behind so many.
+        mode: Save nothing if not given.
+        stages: Stop after this many.
     """
     stages = stages or highway.last_stage
-    maps, kept = [], Kept(images, [], [], [])
-    e = l = embed(highway.trunk, images)  # noqa: E741  (B, H, W, C), the paper's letter
+    maps, saved = [], Saved(images, [], [], [])
+    e = l = embed(highway.trunk, images)  # (B, H, W, C)
     for index, (stage, pairs) in enumerate(zip(highway.trunk.layers[:stages], highway.adapters, strict=False)):
-        e, l = highway.reduction(index)(e), stage.downsample(l)  # noqa: E741
-        e = e - l  # what the highway changed so far
+        e, l = highway.reduction(index)(e), stage.downsample(l)
+        e = e - l  # the deviation e_in - l_in
         adapters = [list(pair) for pair in pairs]
-        outer, bias, columns = _side_by_side(adapters)
+        outer, bias, columns = _concatenate_outer(adapters)
         z = l.new_empty(l[..., 0].numel(), outer.shape[1], dtype=frozen_stream.tap_dtype(l))  # (T, all bottlenecks)
         pieces = []
         for block, rows, taps in frozen_stream.run(stage, l):
             for adapter, column, tap in zip(adapters[block], columns[block], taps, strict=True):
                 z[rows, column] = adapter.bottleneck(tap)
-            if way is not None and way.taps:
-                pieces.append(tuple(way.keep(tap) for tap in taps))
+            if mode is not None and mode.taps:
+                pieces.append(tuple(mode.pack(tap) for tap in taps))
         e += F.linear(z, outer, bias).view_as(l)
         e += l
-        mapped = e if highway.fpn_input == "e" else e + l
+        norm_input = e if highway.fpn_input == "e" else e + l
         if (norm := highway.norm(index)) is not None:
-            maps.append(to_nchw(norm(mapped)))
-        if way is not None:
-            again = not way.taps and norm is None and index + 1 < stages  # the neck does not want it
-            kept.taps.append(pieces)
-            kept.e.append(None if again else way.keep(e))
-            kept.mapped.append(kept.e[-1] if mapped is e else way.keep(mapped))
-    return maps, kept
+            maps.append(to_nchw(norm(norm_input)))
+        if mode is not None:
+            recomputed = not mode.taps and norm is None and index + 1 < stages  # no norm needs it either
+            saved.taps.append(pieces)
+            saved.e.append(None if recomputed else mode.pack(e))
+            saved.norm_inputs.append(saved.e[-1] if norm_input is e else mode.pack(norm_input))
+    return maps, saved
 
 
-def _backward(highway: nn.Module, way: Way, kept: Kept, of_maps: tuple[Tensor, ...]) -> Gradients:
-    """Gradients of everything that is trained, from those of the maps."""
-    found: Gradients = {}
-    shared = _shared_gradients(highway, way, kept, list(of_maps), found)
-    for pairs, pieces in zip(highway.adapters, _taps_again(highway, way, kept, shared[0].dtype), strict=True):
-        g = shared.pop(0).flatten(0, 2)  # (T, C)
+def _backward(highway: nn.Module, mode: MemoryMode, saved: Saved, grad_maps: tuple[Tensor, ...]) -> Gradients:
+    """Gradients of all trained parameters from those of the maps."""
+    grads: Gradients = {}
+    grad_e = _shared_gradients(highway, mode, saved, list(grad_maps), grads)
+    l = None if mode.taps else embed(highway.trunk, saved.images)
+    for stage, pairs, pieces in zip(highway.trunk.layers, highway.adapters, saved.taps, strict=False):
+        if not mode.taps:
+            l = stage.downsample(l)
+        g = grad_e.pop(0).flatten(0, 2)  # (T, C), the gradient that all adapters of the stage receive
+        recovered = _unpack_taps(stage, pieces, mode, g) if mode.taps else frozen_stream.run(stage, l)
         trained, adapters = [_trained(pair) for pair in pairs], [list(pair) for pair in pairs]
-        outer, _, columns = _side_by_side(adapters)
-        z, of_z = g.new_empty(len(g), outer.shape[1]), g @ outer
-        for block, rows, taps in pieces:
+        outer, _, columns = _concatenate_outer(adapters)
+        z, grad_z = g.new_empty(len(g), outer.shape[1]), g @ outer
+        for block, rows, taps in recovered:
             with torch.enable_grad():
-                live = [adapter.bottleneck(tap) for adapter, tap in zip(adapters[block], taps, strict=True)]
-            _pull(live, [of_z[rows, column] for column in columns[block]], trained[block], found)
-            for column, x in zip(columns[block], live, strict=True):
+                zs = [adapter.bottleneck(tap) for adapter, tap in zip(adapters[block], taps, strict=True)]
+            _grad(zs, [grad_z[rows, column] for column in columns[block]], trained[block], grads)
+            for column, x in zip(columns[block], zs, strict=True):
                 z[rows, column] = x.detach()
-        of_outer, of_bias = z.t() @ g, g.sum(dim=0)
+        grad_outer, grad_bias = z.t() @ g, g.sum(dim=0)
         for column, adapter in zip(_flat(columns), _flat(adapters), strict=True):
             weight, bias = adapter.outer
-            found[weight], found[bias] = of_outer[column].t(), of_bias
-    return found
+            grads[weight], grads[bias] = grad_outer[column].t(), grad_bias
+    return grads
 
 
 def _shared_gradients(
-    highway: nn.Module, way: Way, kept: Kept, of_maps: list[Tensor], found: Gradients
+    highway: nn.Module, mode: MemoryMode, saved: Saved, grad_maps: list[Tensor], grads: Gradients
 ) -> list[Tensor]:
-    """``dL/de_out`` of every stage: what its map's gradient says, and through the reduction the next stage's."""
-    shared: list[Tensor] = []
-    maps = kept.e
+    """``dL/de_out`` of every stage: from its own map, and through the reduction from the next stage."""
+    grad_e: list[Tensor] = []
+    outputs = saved.e
     for index in reversed(range(len(highway.adapters))):
         terms = []
         if (norm := highway.norm(index)) is not None:
-            of_map = of_maps.pop().permute(0, 2, 3, 1)
-            mapped = way.give_back(kept.mapped[index], of_map.dtype)
-            terms += _through(norm, mapped, of_map, _trained(norm), found)
-        if shared:
-            if maps[index] is None:
-                maps = _forward(highway, kept.images, way, stages=index + 1)[1].e
-            e = way.give_back(maps[index], shared[0].dtype)
-            terms += _through_reduction(highway.reduction(index + 1), e, shared[0], found)
-        shared.insert(0, terms[0] if len(terms) == 1 else terms[0] + terms[1])
-    return shared
+            grad_map = grad_maps.pop().permute(0, 2, 3, 1)
+            norm_input = mode.unpack(saved.norm_inputs[index], grad_map.dtype)
+            terms += _vjp(norm, norm_input, grad_map, _trained(norm), grads)
+        if grad_e:
+            if outputs[index] is None:
+                outputs = _forward(highway, saved.images, mode, stages=index + 1)[1].e
+            e = mode.unpack(outputs[index], grad_e[0].dtype)
+            terms += _vjp_of_reduction(highway.reduction(index + 1), e, grad_e[0], grads)
+        grad_e.insert(0, terms[0] if len(terms) == 1 else terms[0] + terms[1])
+    return grad_e
 
 
-def _taps_again(highway: nn.Module, way: Way, kept: Kept, dtype: torch.dtype) -> Iterator[frozen_stream.Taps]:
-    """Per stage, its taps once more: from the stream, or as they were kept."""
-    l = None if way.taps else embed(highway.trunk, kept.images)  # noqa: E741
-    for stage, pieces in zip(highway.trunk.layers, kept.taps, strict=False):
-        if way.taps:
-            yield _as_kept(len(stage.blocks), pieces, way, dtype)
-        else:
-            l = stage.downsample(l)  # noqa: E741
-            yield frozen_stream.run(stage, l)
+def _unpack_taps(
+    stage: nn.Module, pieces: list[tuple[Parts, Parts]], mode: MemoryMode, g: Tensor
+) -> frozen_stream.Taps:
+    """The saved taps of a stage, in the type of ``g`` (T, C), as :func:`.frozen_stream.run` yielded them."""
+    places = product(range(len(stage.blocks)), frozen_stream.slices(g))
+    for (block, rows), (f1, f2) in zip(places, pieces, strict=True):
+        yield block, rows, (mode.unpack(f1, g.dtype), mode.unpack(f2, g.dtype))
 
 
-def _as_kept(blocks: int, pieces: list[tuple[Parts, Parts]], way: Way, dtype: torch.dtype) -> frozen_stream.Taps:
-    per_block = len(pieces) // blocks
-    for block in range(blocks):
-        start = 0
-        for parts in pieces[block * per_block : (block + 1) * per_block]:
-            f1, f2 = (way.give_back(some, dtype) for some in parts)
-            yield block, slice(start, start + len(f1)), (f1, f2)
-            start += len(f1)
-
-
-def _through_reduction(reduction: nn.Module, e: Tensor, of_y: Tensor, found: Gradients) -> Sequence[Tensor]:
-    """As :func:`_through`. What a frozen linear layer said need not be computed again for its input's gradient."""
+def _vjp_of_reduction(reduction: nn.Module, e: Tensor, grad_y: Tensor, grads: Gradients) -> Sequence[Tensor]:
+    """As :func:`_vjp`. The output of a frozen linear layer is not needed for its input's gradient."""
     trained = _trained(reduction)
     if trained or not isinstance(reduction, PatchMerging):
-        return _through(reduction, e, of_y, trained, found)
-    return _through(lambda e: reduction.norm(merge(e)), e, of_y @ reduction.reduction.weight, [], found)
+        return _vjp(reduction, e, grad_y, trained, grads)
+    return _vjp(lambda e: reduction.norm(merge(e)), e, grad_y @ reduction.reduction.weight, [], grads)
 
 
-def _through(
-    function: Callable[[Tensor], Tensor], x: Tensor, of_y: Tensor, trained: list[nn.Parameter], found: Gradients
+def _vjp(
+    function: Callable[[Tensor], Tensor], x: Tensor, grad_y: Tensor, trained: list[nn.Parameter], grads: Gradients
 ) -> Sequence[Tensor]:
-    """The gradient of the input of ``y = function(x)``; those of its parameters join what was found."""
+    """Vector-Jacobian product of ``y = function(x)``: returns that of ``x``, adds those of ``trained`` to ``grads``."""
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         y = function(x)
-    return _pull([y], [of_y], trained, found, x)
+    return _grad([y], [grad_y], trained, grads, x)
 
 
-def _pull(
-    outputs: list[Tensor], of_outputs: list[Tensor], trained: list[nn.Parameter], found: Gradients, *inputs: Tensor
+def _grad(
+    outputs: list[Tensor], grad_outputs: list[Tensor], trained: list[nn.Parameter], grads: Gradients, *inputs: Tensor
 ) -> Sequence[Tensor]:
-    """Autograd's part: from gradients of outputs to those of inputs, and of parameters, which join what was found."""
+    """:func:`torch.autograd.grad`: returns the gradients of ``inputs``, adds those of ``trained`` to ``grads``."""
     if not any(y.requires_grad for y in outputs):
         return ()
-    of_outputs = [g.to(y.dtype) for g, y in zip(of_outputs, outputs, strict=True)]
-    gradients = torch.autograd.grad(outputs, [*trained, *inputs], of_outputs, allow_unused=True)
+    grad_outputs = [g.to(y.dtype) for g, y in zip(grad_outputs, outputs, strict=True)]
+    gradients = torch.autograd.grad(outputs, [*trained, *inputs], grad_outputs, allow_unused=True)
     for p, gradient in zip(trained, gradients[: len(trained)], strict=True):
         if gradient is not None:
-            found[p] = gradient if p not in found else found[p].add_(gradient)
+            grads[p] = gradient if p not in grads else grads[p].add_(gradient)
     return gradients[len(trained) :]
 
 
@@ -247,8 +248,8 @@ def _trained(module: nn.Module) -> list[nn.Parameter]:
     return [p for p in module.parameters() if p.requires_grad]
 
 
-def _side_by_side(adapters: list[list[nn.Module]]) -> tuple[Tensor, Tensor, list[tuple[slice, ...]]]:
-    """The stage's outer factors as one (C, all bottlenecks), its biases' sum, and the columns by block and place."""
+def _concatenate_outer(adapters: list[list[nn.Module]]) -> tuple[Tensor, Tensor, list[tuple[slice, ...]]]:
+    """The outer factors of a stage as one (C, all bottlenecks), the sum of its biases, and each block's two columns."""
     outer, bias = zip(*(adapter.outer for adapter in _flat(adapters)), strict=True)
     columns = [slice(*ends) for ends in pairwise(accumulate((w.shape[1] for w in outer), initial=0))]
     return torch.cat(outer, dim=1), torch.stack(bias).sum(dim=0), list(zip(columns[::2], columns[1::2], strict=True))
@@ -259,7 +260,7 @@ def _flat(pairs) -> list:
 
 
 def _precision(images: Tensor) -> object:
-    """Autocast as it is now, for the backward pass, which runs outside of it."""
+    """The current autocast context, for the backward pass, which runs outside of it."""
     kind = images.device.type
     if kind == "meta" or not torch.is_autocast_enabled(kind):
         return nullcontext()

@@ -1,14 +1,14 @@
-"""Numbers in 8 bits: what ``memory="compress"`` keeps of the taps.
+"""Block-wise quantisation to 8 bits: how ``memory="compress"`` saves the taps.
 
-A few dozen neighbouring channels of a token share one scale, so that a single large value costs its neighbours their
-precision and nobody else's. A tap is only ever read again to compute gradients of adapters: the forward pass sees exact
-values, and a rounding error does not add up over the layers.
+Up to 64 neighbouring channels of a token share one scale, so that a single large value reduces the precision of its
+block only. A saved tap is read to compute gradients of adapters and for nothing else: the forward pass sees exact
+values, and rounding errors do not accumulate over the layers.
 """
 
 import torch
 from torch import Tensor
 
-BLOCK = 64  # channels that share a scale, at most
+BLOCK = 64  # channels that share a scale at most
 
 
 def block_of(channels: int) -> int:

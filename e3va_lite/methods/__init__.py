@@ -1,1 +1,1 @@
-"""Every way of tuning under one contract."""
+"""The fine-tuning methods under one contract."""

@@ -1,4 +1,4 @@
-"""The methods inside the backbone: what they train is in it, and so the gradient runs through it."""
+"""The methods inside the backbone: they train parameters in it, and so the gradient flows through it."""
 
 from collections.abc import Callable
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..adapters import KernelAdapter, QVUpdate, StandardAdapter
-from ..backbones.base import embed, f_p1, f_p2, fpn_norms, freeze
+from ..backbones.base import embed, f_p1, f_p2, fpn_norms, freeze, is_neck
 from ..fused import frozen_stream
 
 MIDDLE = 64  # "middle dim of these methods are set to 64" (section 4.1): adapter, lora, adaptformer
@@ -20,7 +20,7 @@ def plain_block(block: nn.Module, x: Tensor) -> Tensor:
 
 
 def serial_block(block: nn.Module, x: Tensor, a1: nn.Module, a2: nn.Module) -> Tensor:
-    """Equation (6): adapters behind the attention and behind the MLP, inside the backbone."""
+    """Equation (6): adapters after the attention and after the MLP, inside the backbone; (B, H, W, C) as above."""
     x = x + a1(f_p1(block, x))
     return x + a2(f_p2(block, x))
 
@@ -43,18 +43,21 @@ def beside_block(block: nn.Module, x: Tensor, a1: nn.Module, a2: nn.Module) -> T
 
 
 class ThroughBackbone(nn.Module):
-    """A backbone that gradients run through, as far down as anything in it is trained.
+    """A backbone that gradients flow through, as far down as anything in it is trained.
 
     Args:
-        trunk: The pretrained part; which of its parameters are trained is the caller's business.
+        trunk: The pretrained backbone. The caller decides which of its parameters are trained; those of stages that no
+            map depends on, behind the last consumed one, are frozen here.
         stages: The stages (from 1) whose maps the task consumes.
         fpn_norm_trainable: Whether the norms before the neck are trained.
         run_block: ``(block, x, *extra) -> x`` for one block.
-        extra: Per block of the network in order, the modules that ``run_block`` wants; none if not given.
-        checkpointing: Keep only each block's input and compute the rest again on the way back (gradient checkpointing).
-        stochastic: Leave the backbone's stochastic depth on in train mode.
-        frozen: Nothing before the norms is trained: run the blocks without a graph, see
-            :mod:`e3va_lite.fused.frozen_stream`.
+        extra: Per block of the network in order, the modules that ``run_block`` takes; none if not given.
+        checkpointing: Save only the input of each block and recompute the rest in the backward pass (gradient
+            checkpointing).
+        stochastic: Keep the backbone's stochastic depth on in train mode.
+        frozen: Nothing before the norms is trained: compute the blocks in the fused form of
+            :mod:`e3va_lite.fused.frozen_stream`, where forward hooks on them do not fire. Set it to False on a built
+            backbone to have every module called.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class ThroughBackbone(nn.Module):
         self.frozen = frozen
         self.norms = fpn_norms(trunk, stages, fpn_norm_trainable)
         self.last_stage = max(self.norms.stages)
+        trunk.layers[self.last_stage :].requires_grad_(False)  # never run: DDP would wait for their gradients
         self.out_channels, self.strides = self.norms.out_channels, self.norms.strides
         self.divisor = self.norms.divisor
 
@@ -92,7 +96,7 @@ class ThroughBackbone(nn.Module):
         maps = {}
         for number, stage in enumerate(self.trunk.layers[: self.last_stage], start=1):
             x = stage.downsample(x)
-            if self.frozen:
+            if self.frozen and not torch.jit.is_tracing():  # a trace cannot record the fused form
                 with torch.no_grad():
                     for _ in frozen_stream.run(stage, x):
                         pass
@@ -114,26 +118,27 @@ def full(trunk: nn.Module, stages, fpn_norm="trainable", checkpointing=False) ->
 
 
 def fixed(trunk: nn.Module, stages, fpn_norm="fixed") -> nn.Module:
-    """Nothing is trained but neck and head; ``fpn_norm="trainable"`` tells what the norms alone are worth."""
+    """Nothing but neck and head is trained; ``fpn_norm="trainable"`` shows what the norms alone contribute."""
     return ThroughBackbone(freeze(trunk), stages, fpn_norm == "trainable", frozen=True)
 
 
 def bitfit(trunk: nn.Module, stages, fpn_norm="trainable", checkpointing=False) -> nn.Module:
     """Every parameter with "bias" in its name, relative-position bias tables and the norms' biases too."""
-    model = ThroughBackbone(freeze(trunk), stages, False, checkpointing=checkpointing)
-    for name, parameter in model.named_parameters():
-        inside_norms = name.startswith("norms.")
-        parameter.requires_grad_("bias" in name and (fpn_norm == "trainable" or not inside_norms))
+    for name, parameter in freeze(trunk).named_parameters():
+        parameter.requires_grad_("bias" in name)
+    model = ThroughBackbone(trunk, stages, False, checkpointing=checkpointing)
+    for name, parameter in model.norms.named_parameters():
+        if name.endswith("bias"):
+            parameter.requires_grad_(fpn_norm == "trainable" or is_neck(f"norms.{name}"))
     return model
 
 
 def norm(trunk: nn.Module, stages, fpn_norm="trainable", checkpointing=False) -> nn.Module:
     """Every norm of the backbone, and the norms before the neck."""
-    model = ThroughBackbone(freeze(trunk), stages, fpn_norm == "trainable", checkpointing=checkpointing)
-    for module in trunk.modules():
+    for module in freeze(trunk).modules():
         if isinstance(module, nn.LayerNorm):
             module.requires_grad_()
-    return model
+    return ThroughBackbone(trunk, stages, fpn_norm == "trainable", checkpointing=checkpointing)
 
 
 def partial1(trunk: nn.Module, stages, fpn_norm="fixed", checkpointing=False) -> nn.Module:

@@ -1,17 +1,17 @@
 """Low-rank side adaptation (LoSA; Mercea, Gritsenko, Schmid and Arnab, CVPR 2024): mixers that refine frozen features.
 
-A light network runs in parallel to the frozen backbone and works on its features, so that no gradient goes through the
-backbone. That much its abstract fixes. Our reading of the rest: beside every block stands one low-rank MLP,
+A light network runs in parallel to the frozen backbone and works on its features, so that no gradient flows through
+the backbone. The abstract fixes this much. We read the rest as follows: beside every block stands one low-rank MLP,
 
     e[i+1] = e[i] + (l[i+1] - l[i]) + mixer_i(e[i] + l[i+1] - l[i]),
 
-in turn over the channels of a token and over the tokens of a window, so that images of any size are taken (a plain ViT
-is cut into windows for this, too, its tokens without a place among them). Each mixer goes from n numbers down to its
-rank and back, and ends in zeros when it is new: ``e`` starts as ``l``, and a new model is the frozen one. Between
-stages ``e`` passes the backbone's own reductions, as in E3VA.
+alternately over the channels of a token and over the tokens of a window, so that images may have any size (the map of a
+plain ViT is cut into windows, too, its prefix tokens among them). Each mixer projects n numbers to its rank and back;
+its output is zero when it is new, so that ``e`` starts as ``l``, and a new model is the frozen one. Between stages
+``e`` passes the backbone's own reductions, as in E3VA.
 
-The difference to E3VA is what an adapter sees: there a tap of the frozen stream, and the sum of a stage's adapters is
-all there is between them and the loss; here the refined stream itself, so that the mixers of a stage are a chain.
+The difference from E3VA is the input of an adapter: there a tap of the frozen stream ``l``, so that the adapters of a
+stage add up; here ``e`` itself, so that the mixers of a stage form a chain.
 """
 
 import torch
@@ -47,7 +47,7 @@ class TokenMixer(nn.Module):
         self.down, self.up = _low_rank(WINDOW**2, rank)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, H, W, C) -> (B, H, W, C); what is added to make whole windows is cut off again."""
+        """(B, H, W, C) -> (B, H, W, C); padded to whole windows and cropped again."""
         _, height, width, _ = x.shape
         x = F.pad(self.norm(x), (0, 0, 0, -width % WINDOW, 0, -height % WINDOW))  # (B, H', W', C)
         windows = window_partition(x, (WINDOW, WINDOW)).flatten(1, 2).transpose(1, 2)  # (windows, C, tokens)
@@ -59,9 +59,9 @@ class LoSA(SideNetwork):
     """A frozen backbone and the mixers beside it.
 
     Args:
-        trunk: The pretrained part; it is frozen here.
+        trunk: The pretrained backbone; it is frozen here.
         stages: The stages (from 1) whose maps the task consumes.
-        rank: Of every mixer.
+        rank: Rank of every mixer.
         fpn_norm_trainable: Whether the norms before the neck are trained.
 
     Attributes:
@@ -84,18 +84,18 @@ class LoSA(SideNetwork):
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) -> one map (B, C_i, ceil(H/s_i), ceil(W/s_i)) per consumed stage."""
         with torch.no_grad():
-            l = embed(self.trunk, images)  # noqa: E741  (B, H, W, C), the highway's letter
+            l = embed(self.trunk, images)  # l[0], (B, H, W, C)
         e = l
         maps = {}
         for index, (stage, mixers) in enumerate(zip(self.trunk.layers, self.mixers, strict=False)):
-            e = stage.downsample(e)  # the gradient passes these layers ...
+            e = stage.downsample(e)  # gradients flow through these layers ...
             with torch.no_grad():
-                l = stage.downsample(l)  # noqa: E741  ... and never these
+                l = stage.downsample(l)  # ... and never through these
             for block, mixer in zip(stage.blocks, mixers, strict=True):
                 with torch.no_grad():
                     f1 = f_p1(block, l)
                     f2 = f_p2(block, l + f1)
-                    l = l + f1 + f2  # noqa: E741
+                    l = l + f1 + f2
                 e = e + f1 + f2
                 e = e + mixer(e)
             maps[index + 1] = e
@@ -103,7 +103,7 @@ class LoSA(SideNetwork):
 
 
 def _low_rank(n: int, rank: int) -> tuple[nn.Linear, nn.Linear]:
-    """From n to the rank, and back; the second ends in zeros."""
+    """Projections from n to the rank and back; the second is zero at the start."""
     down, up = nn.Linear(n, rank), nn.Linear(rank, n)
     nn.init.zeros_(up.weight)
     nn.init.zeros_(up.bias)

@@ -1,18 +1,19 @@
 """Ladder side-tuning (LST; Sung, Cho and Bansal, NeurIPS 2022): a narrow network beside the frozen one.
 
-The side network is the backbone in small: as many blocks, each 1/r as wide. Every block is fed by a rung of the ladder:
-the backbone's map behind the same block, brought down to the side's width, and a learnt gate between the two,
+The side network has as many blocks as the backbone, each 1/r as wide. The input of every block is a rung of the ladder:
+the backbone's map after the same block, projected to the side's width, and a learnt gate between the two,
 
     s[i+1] = block_i(mu_i down_i(l[i+1]) + (1 - mu_i) s[i]),    mu_i = sigmoid(a_i / T),    T = 0.1.
 
-No gradient enters the backbone, for nothing of it lies behind the loss. But the side's own way is as long as the
-backbone's: it is narrower, not shorter, and its blocks keep activations of their own.
+No gradient enters the backbone, since the loss depends on it through frozen values only. But the gradient's path
+through the side network is as long as the backbone's: the side is narrower, not shorter, and its blocks save
+activations of their own.
 
-What the paper, which has encoders and decoders of language, leaves to the reader of dense tasks, and how we read it:
-side blocks of a Swin are Swin blocks of reduced width with the backbone's heads, windows and shifts, those of a plain
-ViT plain ones; between stages the side merges 2x2 tokens itself; the side starts as the backbone's embedding brought
-down. The neck sees the backbone's map plus the side's, brought up by a layer that starts at zero, so that a new ladder
-is the frozen model. Side blocks start at random; the paper also starts them from pruned copies of the backbone's.
+The paper treats language models; for dense tasks we read it as follows. Side blocks of a Swin are Swin blocks of less
+width with the backbone's heads, windows and shifts, those of a plain ViT are plain ones. Between stages the side merges
+2x2 tokens itself. The side starts from the backbone's embedding, projected down. The neck receives the backbone's map
+plus the side's, projected up by a layer that is zero at the start, so that a new ladder is the frozen model. Side
+blocks are initialised at random; the paper also initialises them from pruned copies of the backbone's.
 """
 
 import torch
@@ -28,14 +29,14 @@ TEMPERATURE = 0.1
 
 
 class Rung(nn.Module):
-    """What a side block is fed with: ``mu down(l) + (1 - mu) s``."""
+    """The input of a side block: ``mu down(l) + (1 - mu) s``."""
 
     def __init__(self, dim: int, width: int) -> None:
         super().__init__()
         self.down = nn.Linear(dim, width)
         self.a = nn.Parameter(torch.zeros(()))  # mu = 1/2
 
-    def forward(self, l: Tensor, s: Tensor) -> Tensor:  # noqa: E741, the paper's letter
+    def forward(self, l: Tensor, s: Tensor) -> Tensor:
         """(B, H, W, C) and (B, H, W, C / r) -> (B, H, W, C / r)"""
         mu = torch.sigmoid(self.a / TEMPERATURE)
         return mu * self.down(l) + (1 - mu) * s
@@ -45,7 +46,7 @@ class LST(SideNetwork):
     """A frozen backbone and the ladder beside it.
 
     Args:
-        trunk: The pretrained part; it is frozen here.
+        trunk: The pretrained backbone; it is frozen here.
         stages: The stages (from 1) whose maps the task consumes.
         narrower: r; the side's width is 1/r of the backbone's.
         fpn_norm_trainable: Whether the norms before the neck are trained.
@@ -78,17 +79,17 @@ class LST(SideNetwork):
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) -> one map (B, C_i, ceil(H/s_i), ceil(W/s_i)) per consumed stage."""
         with torch.no_grad():
-            l = embed(self.trunk, images)  # noqa: E741  (B, H, W, C), the highway's letter
+            l = embed(self.trunk, images)  # l[0], (B, H, W, C)
         s = self.start(l)  # (B, H, W, C / r)
         maps = {}
         for index, (stage, rungs, blocks) in enumerate(zip(self.trunk.layers, self.rungs, self.blocks, strict=False)):
             s = self.reductions[index](s)
             with torch.no_grad():
-                l = stage.downsample(l)  # noqa: E741
+                l = stage.downsample(l)
             for block, rung, small in zip(stage.blocks, rungs, blocks, strict=True):
                 with torch.no_grad():
-                    l = l + f_p1(block, l)  # noqa: E741
-                    l = l + f_p2(block, l)  # noqa: E741
+                    l = l + f_p1(block, l)
+                    l = l + f_p2(block, l)
                 s = rung(l, s)
                 s = s + f_p1(small, s)
                 s = s + f_p2(small, s)
@@ -98,7 +99,7 @@ class LST(SideNetwork):
 
 
 def _small(block: nn.Module, width: int) -> nn.Module:
-    """A new block like this one, but so wide."""
+    """A new block like this one, of another width."""
     heads = block.attn.num_heads
     if isinstance(block, SwinTransformerBlock | SwinTransformerV2Block):
         windows = {"window_size": block.window_size, "shift_size": block.shift_size}

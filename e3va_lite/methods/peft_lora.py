@@ -1,6 +1,6 @@
-"""What one would otherwise reach for: LoRA from the PEFT library on timm's Swin, in timm's own forward pass.
+"""The usual alternative: LoRA from the PEFT library on timm's Swin, in timm's own forward pass.
 
-Nothing of this package's methods is in it but the norms before the neck: it is here to be compared with.
+It is here for comparison and shares only the norms before the neck with this package's methods.
 """
 
 from timm.models.swin_transformer import SwinTransformer
@@ -14,9 +14,9 @@ class PEFTLoRA(nn.Module):
     """timm's Swin with PEFT's LoRA on every fused qkv projection.
 
     Args:
-        swin: The pretrained part.
+        swin: The pretrained backbone.
         stages: The stages (from 1) whose maps the task consumes.
-        rank: Of the updates.
+        rank: Rank of the updates.
         fpn_norm_trainable: Whether the norms before the neck are trained.
         checkpointing: timm's gradient checkpointing.
 
@@ -41,6 +41,7 @@ class PEFTLoRA(nn.Module):
         self.trunk.set_grad_checkpointing(checkpointing)
         self.norms = FPNNorms(swin, stages, fpn_norm_trainable)
         self.last_stage = max(stages)
+        self.trunk.layers[self.last_stage :].requires_grad_(False)  # never run
         self.out_channels, self.strides = self.norms.out_channels, self.norms.strides
 
     def forward(self, images: Tensor) -> list[Tensor]:

@@ -1,8 +1,12 @@
-"""Every way of tuning of Tables 1 and 2, as one dict of functions: name -> backbone module.
+"""The fine-tuning methods of Tables 1 and 2 as one dict of functions: name -> backbone module.
 
-All modules keep the one contract ``features = backbone(images)`` with ``out_channels`` and ``strides``, keep the
-pretrained part under the key ``trunk.`` and, when new, compute what the frozen model computes. They differ in what is
-trained and in which way a gradient takes.
+All modules share one contract, ``features = backbone(images)`` with ``out_channels`` and ``strides``, hold the
+pretrained backbone under the state-dict prefix ``trunk.`` and, when new, compute what the frozen model computes. They
+differ in what is trained and in the path that the gradient takes.
+
+All of them can be pickled and copied. For deployment, in eval mode and under ``torch.no_grad()``,
+:func:`torch.export.export` takes ``fixed`` and the E3VA family in every memory mode, for images of one size;
+:func:`torch.jit.trace` records ``memory="reference"`` whatever the memory mode is.
 """
 
 import inspect
@@ -70,7 +74,7 @@ def losa(trunk: nn.Module, stages, rank=16, fpn_norm="trainable") -> nn.Module:
 
 
 def peft_lora(trunk: nn.Module, stages, rank=MIDDLE, fpn_norm="fixed", checkpointing=False) -> nn.Module:
-    """PEFT's LoRA on timm's own forward pass: none of the twelve, to be compared with."""
+    """PEFT's LoRA in timm's own forward pass: not one of the twelve, for comparison."""
     return PEFTLoRA(trunk, stages, rank, fpn_norm == "trainable", checkpointing)
 
 
@@ -88,7 +92,7 @@ METHODS: dict[str, Callable[..., nn.Module]] = {
     "e3va+": e3va_plus,
     "e3va++": e3va_plus_plus,
 }
-#: None of the paper's twelve: the neighbours that cut the backward pass, too, and what one would otherwise reach for.
+#: Not among the paper's twelve: two neighbours that also keep the gradient out of the backbone, and PEFT's LoRA.
 OTHERS: dict[str, Callable[..., nn.Module]] = {"lst": lst, "losa": losa, "peft_lora": peft_lora}
 
 
@@ -102,7 +106,7 @@ def build_backbone(
     drop_path_rate: float = 0.0,
     **options,
 ) -> nn.Module:
-    """A backbone that is tuned in one of the twelve ways.
+    """Build a backbone for one of the fine-tuning methods.
 
     Args:
         method: A key of ``METHODS``: full fixed bitfit norm partial1 adapter lora adaptformer lorand e3va e3va+ e3va++;
@@ -111,9 +115,9 @@ def build_backbone(
         pretrained: Load the published weights.
         weights: A local file of weights instead.
         stages: The stages (from 1) whose maps the task consumes.
-        drop_path_rate: Stochastic depth; only ``full`` ever runs it, elsewhere the backbone stays in eval mode.
-        **options: What the method takes: ``fpn_norm="trainable"|"fixed"`` for all; ``checkpointing`` for those whose
-            gradient runs through the backbone; ``rank``, ``middle``, ``structure``, ``adapter``, ``reduction``,
+        drop_path_rate: Stochastic depth; acts in ``full`` only, elsewhere the backbone stays in eval mode.
+        **options: Options of the method: ``fpn_norm="trainable"|"fixed"`` for all; ``checkpointing`` for those whose
+            gradient flows through the backbone; ``rank``, ``middle``, ``structure``, ``adapter``, ``reduction``,
             ``fpn_input``, ``start``, ``memory`` for the E3VA family, see :class:`e3va_lite.highway.E3VA`.
 
     Returns:
@@ -141,21 +145,21 @@ def build_backbone(
         raise InputError(f"stages={tuple(stages)} must be ascending numbers out of 1, 2, 3 and 4.")
     trunk = create_trunk(name, pretrained, weights, drop_path_rate)
     backbone = function(trunk, tuple(stages), **options)
-    backbone.name = name  # what is trained beside it belongs to this one and to no other
+    backbone.name = name  # exported adapters are loaded beside a backbone of the same name only
     return backbone
 
 
 def options_of(method: str) -> list[str]:
-    """The options that a method takes; none where there is no such method."""
+    """The options that a method takes; none for an unknown method."""
     function = e3va if method.startswith("e3va") else (METHODS | OTHERS).get(method)
     return [] if function is None else list(inspect.signature(function).parameters)[2:]
 
 
 def parse_method(spec: str) -> tuple[str, dict]:
-    """A method as it is written on a command line, ``METHOD[:option=value,...]`` -> its name and its options.
+    """Parse a method as written on the command line, ``METHOD[:option=value,...]`` -> its name and its options.
 
     Raises:
-        InputError: For anything that is not written like this; names and options are not looked up.
+        InputError: For any other form; whether the names exist is not checked.
     """
     method, _, options = spec.partition(":")
     pairs = [pair.partition("=") for pair in options.split(",") if pair]

@@ -88,21 +88,21 @@ def leaky(model, guard=True, taps_of_e=False, into_stream=False):
     def forward(self, images):
         no_grad = torch.no_grad if guard else contextlib.nullcontext
         with no_grad():
-            l = embed(self.trunk, images)  # noqa: E741
+            l = embed(self.trunk, images)
         e, maps = l, {}
         for number, (stage, adapters) in enumerate(zip(self.trunk.layers, self.adapters, strict=True), start=1):
             e = stage.downsample(e)
             with no_grad():
-                l = stage.downsample(l)  # noqa: E741
+                l = stage.downsample(l)
             for block, (a1, a2) in zip(stage.blocks, adapters, strict=True):
                 with torch.enable_grad() if taps_of_e else no_grad():
                     source = e if taps_of_e else l
                     f1 = f_p1(block, source)
                     f2 = f_p2(block, source + f1)
-                    l = l + f1 + f2  # noqa: E741
+                    l = l + f1 + f2
                 e = e + a1(f1) + a2(f2)
                 if into_stream:
-                    l = l + (a1(f1) - f1)  # noqa: E741
+                    l = l + (a1(f1) - f1)
             maps[number] = e
         return self.norms(maps)
 

@@ -1,6 +1,7 @@
 """Backbones beyond Swin: their taps are theirs, and every method does on them what it says."""
 
 import copy
+import pickle
 import warnings
 
 import pytest
@@ -14,8 +15,9 @@ from torch import nn
 
 from e3va_lite import InputError, assert_isolated, build_backbone, trace
 from e3va_lite.analysis.cost import memory_of, with_method
+from e3va_lite.analysis.isolation import random_functional
 from e3va_lite.backbones import dinov3, swin_v2, vit
-from e3va_lite.backbones.base import embed, f_p1, f_p2, trainable_parameters
+from e3va_lite.backbones.base import embed, f_p1, f_p2, is_neck, trainable_parameters
 from e3va_lite.backbones.registry import FAMILIES, backbone_names, create_trunk
 from e3va_lite.fused.frozen_stream import run
 from e3va_lite.methods.registry import METHODS, OTHERS
@@ -109,12 +111,12 @@ def test_the_blocks_are_timms(family):
     torch.testing.assert_close(x, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_a_map_is_taken_up_as_it_was_laid_out():
+def test_tokens_survive_the_map():
     for prefix, width in ((0, 4), (1, 4), (5, 4), (5, 5), (8, 3)):
         tokens = torch.randn(2, prefix + 3 * width, 6)
-        laid = vit.lay_out(tokens, prefix, width)
-        assert laid.shape == (2, vit.rows_of(prefix, width) + 3, width, 6)
-        assert vit.take_up(laid, prefix).equal(tokens)
+        as_map = vit.to_map(tokens, prefix, width)
+        assert as_map.shape == (2, vit.rows_of(prefix, width) + 3, width, 6)
+        assert vit.to_tokens(as_map, prefix).equal(tokens)
 
 
 @pytest.mark.parametrize("method", EVERY)
@@ -134,7 +136,7 @@ def test_a_new_one_is_the_frozen_model(family, method):
 @pytest.mark.parametrize("memory", [None, "store", "recompute", "reference"])
 def test_no_gradient_reaches_the_backbone(family, method, memory):
     if memory and not method.startswith("e3va"):
-        pytest.skip("only a highway has ways with memory")
+        pytest.skip("only a highway has memory modes")
     assert_isolated(small(family, method, **({"memory": memory} if memory else {})), torch.randn(1, 3, 64, 96))
 
 
@@ -199,6 +201,18 @@ def test_the_pyramid_is_neck(family):
     assert bool(at_head) == (family != "swin_v2")
 
 
+@pytest.mark.parametrize("method", EVERY)
+def test_every_trainable_parameter_gets_a_gradient(family, method):
+    """The pyramid's in every method; nothing of what is not run."""
+    backbone = small(family, method, stages=(1, 2)).train()
+    trainable = {name: p for name, p in backbone.named_parameters() if p.requires_grad}
+    if trainable:
+        random_functional(backbone(torch.randn(1, 3, 64, 96))).backward()
+    assert [name for name, p in trainable.items() if p.grad is None] == []
+    pyramid = {name for name, _ in backbone.named_parameters() if is_neck(name)}
+    assert pyramid <= trainable.keys() and bool(pyramid) == (family != "swin_v2")
+
+
 def test_paths_are_counted(family):
     highway, adapter = (
         trace(small(family, method, **({"memory": "reference"} if method == "e3va" else {})), torch.randn(1, 3, 64, 96))
@@ -232,11 +246,12 @@ def test_weights_come_from_a_file(family, tmp_path):
     torch.testing.assert_close(last, theirs.mlp.fc2.weight)
 
 
-def test_a_copy_has_its_own_parts(family):
-    """Nothing of a trunk hangs on another's modules, RoPE's tables included."""
+@pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_has_its_own_parts(family, copy_of):
+    """Nothing of a trunk depends on another's modules, RoPE's tables included."""
     model = small(family, "e3va")
     images = torch.randn(1, 3, 64, 96)
-    copied, before = copy.deepcopy(model).eval(), model.eval()(images)
+    copied, before = copy_of(model).eval(), model.eval()(images)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             if buffer.is_floating_point():

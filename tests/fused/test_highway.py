@@ -1,4 +1,4 @@
-"""The fast highway computes what the equations say: values, and gradients in every way with memory."""
+"""The fast highway computes what the equations say: values, and gradients in every memory mode."""
 
 import copy
 import json
@@ -37,7 +37,7 @@ OPTIONS = [
 def few_rows(monkeypatch):
     """A map goes through in several pieces, as large ones do."""
     monkeypatch.setattr(frozen_stream, "ROWS", {"cpu": 100, "gpu": 100})
-    frozen_stream._places.cache_clear()
+    frozen_stream._window_indices.cache_clear()
 
 
 def trained_for_a_while(memory, **options):
@@ -103,9 +103,9 @@ def test_the_stream_is_equation_7(size, batch):
     for block in (block for stage in swin.layers for block in stage.blocks):
         nn.init.normal_(block.attn.relative_position_bias_table)  # new ones are all but zero
     with torch.no_grad():
-        l = fast = embed(swin, torch.randn(batch, 3, *size, dtype=torch.float64))  # noqa: E741
+        l = fast = embed(swin, torch.randn(batch, 3, *size, dtype=torch.float64))
         for stage in swin.layers:
-            l, fast = stage.downsample(l), stage.downsample(fast.clone())  # noqa: E741
+            l, fast = stage.downsample(l), stage.downsample(fast.clone())
             taps = [torch.full_like(fast.flatten(0, 2), torch.nan) for _ in range(2 * len(stage.blocks))]
             for block, rows, pair in frozen_stream.run(stage, fast):
                 for place, tap in enumerate(pair):
@@ -114,7 +114,7 @@ def test_the_stream_is_equation_7(size, batch):
             for block, f1, f2 in zip(stage.blocks, taps[::2], taps[1::2], strict=True):
                 expected1 = f_p1(block, l)
                 expected2 = f_p2(block, l + expected1)
-                l = l + expected1 + expected2  # noqa: E741
+                l = l + expected1 + expected2
                 torch.testing.assert_close(f1.view_as(l), expected1, rtol=1e-10, atol=1e-12)
                 torch.testing.assert_close(f2.view_as(l), expected2, rtol=1e-10, atol=1e-12)
             torch.testing.assert_close(fast, l, rtol=1e-10, atol=1e-12)
@@ -142,7 +142,7 @@ def test_compress_changes_gradients_a_little_and_values_not_at_all():
     assert 1e-4 < max(errors.values()) < 0.02
     shared = {
         name: error for name, error in errors.items() if name.endswith("up.b")
-    }  # only norms and reductions on the way
+    }  # only norms and reductions on the path
     assert len(shared) == 16 and max(shared.values()) < 2e-3
 
 
@@ -292,12 +292,12 @@ class TestAutogradsManners:
         assert all(p.grad.is_meta for name, p in backbone.named_parameters() if not name.startswith("trunk."))
 
 
-def test_state_dicts_are_the_same_in_every_way():
+def test_state_dicts_are_the_same_in_every_memory_mode():
     states = [build_backbone("e3va", "swin_nano", memory=memory).state_dict() for memory in MEMORY]
     assert all(list(state) == list(states[0]) for state in states)
 
 
-def test_the_way_with_memory_has_a_default():
+def test_the_memory_mode_has_a_default():
     assert build_backbone("e3va", "swin_nano").memory == "compress"
     assert build_backbone("e3va", "swin_nano", structure="chained").memory == "reference"
 

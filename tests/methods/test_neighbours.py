@@ -46,7 +46,7 @@ def test_what_is_trained_has_an_effect(method, options):
 
 
 def test_a_gate_stands_half_open_and_decides_what_a_side_block_sees():
-    rung, l, s = Rung(8, 4), torch.randn(2, 3, 3, 8), torch.randn(2, 3, 3, 4)  # noqa: E741
+    rung, l, s = Rung(8, 4), torch.randn(2, 3, 3, 8), torch.randn(2, 3, 3, 4)
     torch.testing.assert_close(rung(l, s), (rung.down(l) + s) / 2)
     rung.a.data.fill_(TEMPERATURE)
     mu = torch.sigmoid(torch.tensor(1.0))  # of a / T
@@ -88,10 +88,10 @@ def test_tokens_are_mixed_inside_their_window():
     assert reached.equal(expected)
 
 
-def test_their_own_way_is_long():
+def test_their_own_path_is_long():
     """Both cut the gradient off from the backbone; neither has a highway: their blocks and mixers are a chain."""
     images = torch.randn(1, 3, 64, 96)
-    way = {
+    found = {
         spec: trace(build_backbone(method, "swin_nano", **options), images)
         for spec, method, options in (
             ("e3va", "e3va", {"rank": 2, "memory": "reference"}),
@@ -100,9 +100,12 @@ def test_their_own_way_is_long():
             ("adapter", "adapter", {"middle": 16}),
         )
     }
-    assert all(way[spec].backbone_parameters_reached == 0 for spec in ("e3va", "lst", "losa"))
-    assert way["lst"].backbone_activations_reached == 0 < way["adapter"].backbone_activations_reached
-    assert way["e3va"].longest_path < way["losa"].longest_path and way["e3va"].longest_path < way["lst"].longest_path
+    assert all(found[spec].backbone_parameters_reached == 0 for spec in ("e3va", "lst", "losa"))
+    assert found["lst"].backbone_activations_reached == 0 < found["adapter"].backbone_activations_reached
+    assert (
+        found["e3va"].longest_path < found["losa"].longest_path
+        and found["e3va"].longest_path < found["lst"].longest_path
+    )
 
 
 @pytest.mark.parametrize("method", ["e3va", "lst", "losa"])
