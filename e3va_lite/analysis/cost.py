@@ -1,7 +1,8 @@
-"""What a training step of each method costs: memory and time, as tables.
+"""What a training step of each method costs: tables of memory and time.
 
-Memory is counted (see :mod:`e3va_lite.analysis.memory`), on the device or dry. Time is measured in turn, so that a slow
-moment of a noisy machine hits all methods alike; shares are taken round by round, and their median reported.
+Memory is counted (see :mod:`e3va_lite.analysis.memory`), on the device or in a dry run. For times the methods take
+turns, so that a slow moment of the machine affects all of them alike; shares are those of a round, and their median is
+reported.
 """
 
 import time
@@ -24,7 +25,7 @@ MIB = 2**20
 
 
 def with_method(recipe: Recipe, spec: str, checkpointing: bool = False) -> Recipe:
-    """The recipe for ``METHOD[:option=value,...]``, its own options aside.
+    """The recipe with the method ``METHOD[:option=value,...]`` instead of its own.
 
     Args:
         checkpointing: Gradient checkpointing where the method has it: where its gradient runs through the backbone.
@@ -48,10 +49,10 @@ def split_methods(text: str) -> list[str]:
 
 def with_memory(specs: Iterable[str], mode: str | None) -> list[str]:
     """The same methods, those of the E3VA family with ``memory=MODE`` unless they say something about it themselves."""
-    ours = [spec.startswith("e3va") and "memory=" not in spec and mode is not None for spec in specs]
+    add_mode = [spec.startswith("e3va") and "memory=" not in spec and mode is not None for spec in specs]
     return [
         f"{spec}{',' if ':' in spec else ':'}memory={mode}" if add else spec
-        for spec, add in zip(specs, ours, strict=True)
+        for spec, add in zip(specs, add_mode, strict=True)
     ]
 
 
@@ -91,10 +92,10 @@ def memory_table(
     """
     rows = []
     for spec in tqdm(specs, "memory", unit="method", delay=3):
-        book = memory_of(with_method(recipe, spec, checkpointing), size, device, dry_run)
-        row = {"method": spec, **book.as_row(), "share_of_full": None}
-        if book.allocated is not None:
-            row |= {"allocated_mib": round(book.allocated / MIB, 1), "reserved_mib": round(book.reserved / MIB, 1)}
+        found = memory_of(with_method(recipe, spec, checkpointing), size, device, dry_run)
+        row = {"method": spec, **found.as_row(), "share_of_full": None}
+        if found.allocated is not None:
+            row |= {"allocated_mib": round(found.allocated / MIB, 1), "reserved_mib": round(found.reserved / MIB, 1)}
         rows.append(row)
     share(rows, "peak", "full", "share_of_full")
     how = "dry run (fake tensors)" if dry_run else f"counted on {device.type}"
@@ -120,7 +121,7 @@ def memory_text(table: dict, modules: int = 0) -> str:
 def interleaved_seconds(
     steps: dict[str, Step], rounds: int, device: torch.device, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Seconds of each step's phases, in turn; every round begins one further, so that all come after all.
+    """Seconds of each step's phases; the steps take turns, and every round begins with another one.
 
     Args:
         steps: A step per name.

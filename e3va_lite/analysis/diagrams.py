@@ -87,12 +87,12 @@ def figure5(backbones: dict[str, nn.Module], images: Tensor, stage: int = 3) -> 
     Raises:
         InputError: For a backbone that is not one of the paper's methods on a Swin, or that does not run the stage.
     """
-    return _blocks("One Swin block: the gradient's way through it", backbones, images, stage)
+    return _blocks("One Swin block: the gradient's path through it", backbones, images, stage)
 
 
 def figure3(backbones: dict[str, nn.Module], images: Tensor, stage: int = 3) -> Figure:
     """Figure 3: how a block's two adapters meet. As :func:`figure5`, for highways of different structures."""
-    return _blocks("Two adapters on the highway: how they meet decides how long the way is", backbones, images, stage)
+    return _blocks("Two adapters on the highway: how they meet decides how long the path is", backbones, images, stage)
 
 
 def _blocks(title: str, backbones: dict[str, nn.Module], images: Tensor, stage: int) -> Figure:
@@ -230,7 +230,7 @@ def figure1(backbones: dict[str, nn.Module], images: Tensor) -> Figure:
     traces = {label: trace(backbone, images) for label, backbone in backbones.items()}
     longest = max(found.longest_path for found in traces.values())
     heights = [7.9 if isinstance(backbone, E3VA) else 5.6 for backbone in backbones.values()]
-    title = "The whole network: the gradient's way back from the loss"
+    title = "The whole network: the gradient's path back from the loss"
     figure, axes = canvas(title, _note(backbones, images), 26.4, sum(heights), 0.46)
     bottom = sum(heights)
     for (label, backbone), height in zip(backbones.items(), heights, strict=True):
@@ -463,7 +463,7 @@ def lengths(blocks: tuple[int, ...] = (2, 6, 12, 18, 24)) -> Figure:
     """The longest path within stage 3 over its number of blocks, for three methods and the highway's structures."""
     figure = Figure(figsize=(8, 4.8), dpi=150, facecolor="white")
     axes = figure.add_axes((0.09, 0.12, 0.68, 0.74))
-    title = "The parallel highway's way is as long in a deep stage as in a short one"
+    title = "The parallel highway's path is as long in a deep stage as in a short one"
     figure.text(0.02, 0.93, title, fontsize=13, color=INK)
     curves = {
         label: [stage_length(method, n, **options) for n in blocks] for label, (method, options, *_) in CURVES.items()

@@ -1,7 +1,7 @@
-"""Boxes, sums and lines, coloured by what a gradient does with them: the means of :mod:`e3va_lite.analysis.diagrams`.
+"""Boxes, sums and lines, coloured by what a gradient does with them, for :mod:`e3va_lite.analysis.diagrams`.
 
 A box is filled by what its parameters do, trained or frozen, and outlined, as lines are drawn, by whether the gradient
-passes. Where it does, arrows point the way that the gradient goes, else forward.
+passes. Where it does, arrows point in the direction of the gradient, otherwise forward.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ INK, NOTE = "#22303c", "#5b6877"
 LEGEND = (
     Patch(facecolor=TRAINED, edgecolor=FORWARD, label="trained"),
     Patch(facecolor=FROZEN, edgecolor=FORWARD, label="frozen"),
-    Line2D([], [], color=GRADIENT, linewidth=2.6, marker="<", label="the gradient's way, back from the loss"),
+    Line2D([], [], color=GRADIENT, linewidth=2.6, marker="<", label="the gradient's path, back from the loss"),
     Line2D([], [], color=FORWARD, linewidth=1.2, marker=">", markersize=4, label="forward only"),
 )
 

@@ -23,7 +23,9 @@ CARDS = {
     "t4": 16, "p100": 16, "v100": 32, "v100-16gb": 16, "l4": 24, "a10": 24, "a100": 40, "a100-80gb": 80, "h100": 80,
     "h200": 141,
 }  # fmt: skip
-MOST = 4096  # images: nobody trains with more on one card
+FIRST = 4  # images: the peak of fewer may be that of the optimizer's step, which does not depend on the batch
+CONFIRMED = 64  # images: the largest batch of which a dry run confirms the line
+LARGEST = 4096  # images: nobody trains with more on one card
 WORKERS = 2
 
 
@@ -44,27 +46,39 @@ def capacity(gpu: str) -> int:
 def largest_batch(peak: Callable[[int], int], available: int) -> tuple[int, int]:
     """The largest batch whose peak is within what is available, and its peak; 0 and the peak of one image if none is.
 
-    The peak is all but affine in the batch: the last two batches say where to look next, until a batch that fits and
-    one more that does not are found.
+    Peaks are affine in the batch, except for a few images, whose peak may be in another part of the step. Two peaks
+    predict the answer and a third, at the answer, confirms the line; above ``CONFIRMED`` images, whose dry run takes
+    minutes, the line is followed. Where the three are not on a line, the search goes on until a batch that fits and one
+    more that does not are found.
 
     Args:
         peak: Bytes for a batch, never falling.
         available: Bytes.
     """
-    fits, bytes_ = 1, peak(1)
-    if bytes_ > available:
-        return 0, bytes_
-    too_large, slope = MOST + 1, peak(2) - bytes_
+    peaks: dict[int, int] = {}
+    fits, too_large, batch = 0, LARGEST + 1, FIRST
     while too_large - fits > 1:
-        batch = fits + int((available - bytes_) / max(slope, 1))
-        batch = min(max(batch, fits + 1), 4 * fits, too_large - 1)  # a batch far too large takes long to look at
-        more = peak(batch)
-        slope = (more - bytes_) / (batch - fits)
-        if more <= available:
-            fits, bytes_ = batch, more
+        peaks[batch] = peak(batch)
+        if peaks[batch] <= available:
+            fits = batch
         else:
             too_large = batch
-    return fits, bytes_
+        if len(peaks) == 1:
+            batch = 2 * FIRST if fits else 1
+            continue
+        # The line through the two batches around the answer, or the two largest: the third confirms it or does not.
+        *others, low, high = sorted(peaks, key=lambda known: (known in (fits, too_large), known))
+        slope = max(peaks[high] - peaks[low], 1) / (high - low)
+        predicted = max(min(low + int((available - peaks[low]) / slope), too_large - 1), fits)
+        confirmed = any(abs(peaks[low] + slope * (x - low) - peaks[x]) <= 1e-5 * abs(x - low) * slope for x in others)
+        if fits and confirmed and (predicted == fits or fits >= CONFIRMED):
+            return predicted, round(peaks[fits] + slope * (predicted - fits))
+        if predicted > CONFIRMED > fits and CONFIRMED not in peaks:
+            predicted = CONFIRMED
+        elif len(peaks) > 5:  # no line at all
+            predicted = (fits + too_large) // 2
+        batch = min(max(predicted, fits + 1), too_large - 1)
+    return fits, peaks[fits or 1]
 
 
 def fit_table(

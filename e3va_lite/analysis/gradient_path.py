@@ -2,8 +2,8 @@
 
 The graph that autograd keeps is walked from the loss to the parameters. Its nodes are the operations of the forward
 pass, and a *link* is a node that changes the gradient on its way back: one factor in the product of equation (11). What
-only hands a gradient on is no link: a node whose Jacobian holds nothing but fixed zeros and ones, because its operation
-adds, reshapes, copies, repeats, cuts, joins or moves entries (``HANDS_ON``). Every other node counts, those with an
+only passes a gradient on is no link: a node whose Jacobian holds only fixed zeros and ones, because its operation adds,
+reshapes, copies, repeats, cuts, joins or moves entries (``PASS_ON``). Every other node counts, those with an
 unknown name included. A fused kernel is one node, and so is a ``torch.autograd.Function`` of one's own: lengths are
 comparable only where the same operations are written in the same way, as they are in this package. So backbones of this
 package are walked in their literal form: a highway as ``memory="reference"`` computes it, whatever it is trained with.
@@ -29,7 +29,7 @@ from .isolation import find_backbone, next_nodes, producers, random_functional, 
 from .model_state import restored
 
 #: Names of graph nodes without "Backward0" whose Jacobian is made of fixed zeros and ones.
-HANDS_ON = {
+PASS_ON = {
     "Add", "Sum", "View", "UnsafeView", "ReshapeAlias", "Alias", "AsStrided", "Permute", "Transpose", "T",
     "Squeeze", "Unsqueeze", "Expand", "Repeat", "Clone", "ToCopy", "Roll", "Flip", "ConstantPadNd", "Slice",
     "Select", "Index", "IndexSelect", "Gather", "Unbind", "Split", "SplitWithSizes", "UnsafeSplit", "Cat", "Stack",
@@ -162,7 +162,7 @@ def changes(node: object) -> bool:
     if name in ("torch::autograd::AccumulateGrad", "torch::autograd::CopyBackwards"):
         return False
     built_in = re.fullmatch(r"(\w+)Backward\d+", name)  # the names of one's own functions end without a number
-    if built_in and built_in[1] in HANDS_ON:
+    if built_in and built_in[1] in PASS_ON:
         return getattr(node, "_saved_alpha", 1) != 1  # torch.add(a, b, alpha=2) is not only an addition
     return True
 
@@ -174,7 +174,7 @@ def longest_links(start: object, stops: frozenset = frozenset()) -> dict[object,
     """
     waiting = Counter(below for node in walk(start, stops) if node not in stops for below in next_nodes(node))
     longest, ready = {start: 0}, [start]
-    while ready:  # a node's turn comes when all paths to it are known
+    while ready:  # a node is ready when all paths to it are known
         node = ready.pop()
         for below in () if node in stops else next_nodes(node):
             longest[below] = max(longest.get(below, 0), longest[node] + changes(node))
@@ -237,7 +237,7 @@ def _literal(backbone: ThroughBackbone | E3VA | None) -> Iterator[None]:
 
 @contextmanager
 def _watched(backbone: ThroughBackbone | E3VA | None, saved: SavedBytes) -> Iterator[list[_Call]]:
-    """Inside, the function that a backbone runs once per block, ``run_block`` or ``join``, is noted at every call."""
+    """Record every call of the function that a backbone runs once per block, ``run_block`` or ``join``."""
     calls: list[_Call] = []
     if backbone is None:
         yield calls

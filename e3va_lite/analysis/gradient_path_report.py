@@ -1,4 +1,4 @@
-"""What ``e3va gradpath`` reports: the gradient's way of several methods side by side, and equations (11) and (12)."""
+"""What ``e3va gradpath`` reports: the gradient's path in several methods side by side, and equations (11) and (12)."""
 
 import textwrap
 from dataclasses import asdict
@@ -103,7 +103,7 @@ def as_text(rows: list[dict]) -> str:
         [row["method"], *(str(row[key]) for key in counts), " ".join(map(str, row["longest_path_per_stage"])), mib(row)]
         for row in rows
     ]
-    lines = [f"the gradient's way through {rows[0]['backbone']}, one image of {height}x{width}, float32"]
+    lines = [f"the gradient's path through {rows[0]['backbone']}, one image of {height}x{width}, float32"]
     lines.append(text_table(header, methods))
     if len(rows) == 1:
         blocks = [

@@ -137,7 +137,7 @@ def met_in_backward(model: nn.Module, inputs: tuple, backbone: nn.Module, loss: 
 
 
 class _Meetings(LiveBytes):
-    """Marks what is computed from a gradient, and names the weights that meet it; a mark is a storage's."""
+    """Marks the storages that are computed from a gradient, and names the weights that meet one of them."""
 
     def __init__(self, weights: dict[str, Tensor], gradient: Tensor) -> None:
         super().__init__()
@@ -170,7 +170,7 @@ def stream(model: nn.Module, backbone: nn.Module) -> set[str]:
 
 @contextmanager
 def producers(model: nn.Module) -> Iterator[dict[object, list[str]]]:
-    """Inside, the forward pass is noted: graph node -> names of the modules whose output it is, the outermost last."""
+    """Record the forward pass: graph node -> names of the modules whose output it is, the outermost last."""
     produced: dict[object, list[str]] = {}
 
     def remember(name: str) -> Callable:
@@ -290,7 +290,7 @@ def walk(root: object, stops: frozenset = frozenset()) -> Iterator[object]:
 
 
 def next_nodes(node: object) -> list[object]:
-    """Where a node of the graph hands its gradient, once per input: twice the same for ``x * x``."""
+    """The nodes that a node of the graph passes its gradient to, once per input: twice the same for ``x * x``."""
     return [below for below, _ in node.next_functions if below is not None]
 
 

@@ -1,15 +1,15 @@
 """The ledger: where the bytes of one training step are, and when.
 
-Every operator's outputs are watched, and a storage (the memory behind a tensor and its views) is counted once, from
-its birth to its death. The same count works on a CPU, which keeps none itself, on CUDA, and on torch's fake tensors,
-which have sizes and no memory. What a kernel allocates for itself while it runs is not seen; on CUDA the allocator's
+The outputs of every operator are recorded, and a storage (the memory behind a tensor and its views) is counted once,
+from its allocation until it is freed. The same count works on a CPU, whose allocator keeps none, on CUDA, and on
+torch's fake tensors, which have sizes and no memory. What a kernel allocates for itself while it runs is not seen; on CUDA the allocator's
 own peak, which holds that too, is reported.
 
 Each storage belongs to one category, known when the step is over:
 
 - ``parameters``: of the whole model, frozen or not, and its buffers;
 - ``gradients``: what is some parameter's ``.grad`` at the end of the backward pass;
-- ``optimizer``: the optimiser's state;
+- ``optimizer``: the optimizer's state;
 - ``activations``: what else was made in the forward pass and is still there at its end, for the backward pass;
 - ``temporaries``: everything else: intermediate results, gradients on their way, and the batch itself.
 """
@@ -39,7 +39,7 @@ class Ledger:
     """Bytes of one training step.
 
     Attributes:
-        curve: Per category the live bytes after every event, (events,) each; an event is a storage's birth or death.
+        curve: Per category the live bytes after every event, (events,) each; at an event a storage is allocated or freed.
         ends: Per phase the number of events until its end.
         by_module: Per module (``""`` is the model itself) the activations at the end of the forward pass; a storage
             counts for the innermost module that was running when an operator kept it for the first time, or, where
@@ -82,7 +82,7 @@ class Ledger:
         return {name: int(values.max()) for name, values in self.curve.items()}
 
     def as_row(self) -> dict:
-        """The books as plain numbers, bytes: categories at the peak, ``peak``, ``largest``, ``by_module`` in order of
+        """The ledger as plain numbers, bytes: categories at the peak, ``peak``, ``largest``, ``by_module`` in order of
         size, ``curve``, and ``ends``: where in the curve the phases end, as fractions."""
         parts = np.array_split(self.total, min(CURVE_POINTS, len(self.total)))
         return {
@@ -96,11 +96,11 @@ class Ledger:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Writes down birth and death of every storage while it is on.
+    """Records when every storage is allocated and freed while the mode is on.
 
     Attributes:
-        sizes: Bytes of the storages in the order of their birth; ``born`` and ``died``: the event's number, -1 while
-            it lives; ``made``: the module that was running then.
+        sizes: Bytes of the storages in the order of allocation; ``born`` and ``died``: the event's number, -1 while it
+            exists; ``made``: the module that was running then.
         kept: By a storage's number the module that was running when autograd kept it for the first time.
         events: Number of births and deaths so far.
         module: The module that is running.
@@ -116,7 +116,7 @@ class LiveBytes(TorchDispatchMode):
         self._finalizers: list[weakref.finalize] = []
 
     def add(self, tensor: Tensor) -> int:
-        """The number of a tensor's storage; it is born now if it was not known."""
+        """The number of a tensor's storage; a new one is allocated now."""
         storage = tensor.untyped_storage()
         address = storage._cdata
         if (number := self._number.get(address)) is None:
@@ -144,11 +144,11 @@ class LiveBytes(TorchDispatchMode):
         return tensor.detach()
 
     def alive(self) -> list[int]:
-        """The numbers of the storages that live now."""
+        """The numbers of the storages that exist now."""
         return list(self._number.values())
 
     def close(self) -> None:
-        """Look at no storage any more."""
+        """Stop recording when storages are freed."""
         for finalizer in self._finalizers:
             finalizer.detach()
 
@@ -226,7 +226,7 @@ def _closed(
     live: LiveBytes, owned: dict[str, list[int]], ends: dict[str, int], start: int, *cuda: int | None
 ) -> Ledger:
     category = np.full(len(live.sizes), CATEGORIES.index("temporaries"))
-    for name in ("activations", "gradients", "optimizer", "parameters"):  # a later one has the last word
+    for name in ("activations", "gradients", "optimizer", "parameters"):  # a later one takes precedence
         category[owned.get(name, [])] = CATEGORIES.index(name)
     sizes, born, died = (np.array(x) for x in (live.sizes, live.born, live.died))
     born[owned["optimizer"]] = np.minimum(born[owned["optimizer"]], start)

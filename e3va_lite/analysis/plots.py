@@ -99,11 +99,11 @@ def memory_figure(table: dict) -> Figure:
     return _memory(table["rows"], f"{title}, {settings['precision']}{kept}; {settings['measured']}")
 
 
-def ledgers_figure(books: dict[str, Ledger], title: str) -> Figure:
-    """The same for ledgers by name; shares are of the one called ``full``, where there is one."""
-    full = books.get("full")
-    share = {name: None if full is None else book.peak / full.peak for name, book in books.items()}
-    rows = [{"method": name, **book.as_row(), "share_of_full": share[name]} for name, book in books.items()]
+def ledgers_figure(ledgers: dict[str, Ledger], title: str) -> Figure:
+    """As :func:`memory_figure`, for ledgers by name; shares are of the one called ``full``, where there is one."""
+    full = ledgers.get("full")
+    share = {name: None if full is None else found.peak / full.peak for name, found in ledgers.items()}
+    rows = [{"method": name, **found.as_row(), "share_of_full": share[name]} for name, found in ledgers.items()]
     return _memory(rows, title)
 
 
@@ -197,13 +197,13 @@ def trade_offs(studies: dict, metrics: dict[str, str]) -> Figure | None:
 @STYLE
 @FONTS
 def neighbours_figure(arms: dict, costs: dict) -> Figure | None:
-    """Accuracy in miniature over the price at full size and over trained parameters, a point with its
+    """Accuracy in miniature over the cost at full size and over trained parameters, a point with its
     interval per method.
 
     Args:
         arms: A study of :func:`e3va_lite.experiments.report.summarise`.
         costs: Of :func:`e3va_lite.analysis.cost.time_table`. Its rows stand for the arms of the same method;
-            checkpointing changes the price alone.
+            checkpointing changes the cost alone.
 
     Returns:
         None where fewer than two of them were run.
@@ -293,7 +293,7 @@ def _hours(tables: dict) -> Figure | None:
 
 
 def _figure1(tables: dict) -> Figure | None:
-    """The right half of the paper's Figure 1: memory and time of three ways of tuning, and the cards that do."""
+    """The right half of the paper's Figure 1: memory and time of three methods, and the cards that are enough."""
     if any(table not in tables for table in ("table1", "table3", "table4")):
         return None
     methods = ("full", "adapter", "e3va")

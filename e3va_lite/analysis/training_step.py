@@ -1,11 +1,11 @@
-"""One training step of a whole model on a made-up batch: what the ledger, the clock and `e3va fit` look at.
+"""One training step of a whole model on an artificial batch: what the ledger, the clock and `e3va fit` measure.
 
 Nothing here reads a dataset. How much work a detector's heads have depends on what is in the images and on what the
-detector has learnt; here it is fixed, at the most that training can ask for, so that runs are comparable and the step
-of tomorrow fits where that of today did:
+detector has learnt. Here it is fixed, at the most that training can ask for, so that runs are comparable and later
+steps of a training need no more memory than this one:
 
 - every image has ``OBJECTS`` objects, on a grid; their masks are noise;
-- Cascade Mask R-CNN's proposals are not the network's but given: every object's box many times over, and at half its
+- Cascade Mask R-CNN's proposals are not the network's but fixed: every object's box many times over, and at half its
   size as background. Each of its three stages trains on all the boxes per image that the recipe allows (512), and a
   quarter of them (128) have an object.
 
@@ -34,7 +34,7 @@ CLASSES = {"voc": 20, "coco": 80, "coco-boxes": 80, "ade20k": 150}  # of the dat
 
 
 class Step:
-    """A model, its optimiser and a batch; the three parts of a training step.
+    """A model, its optimizer and a batch, and the three parts of a training step.
 
     Attributes:
         model: In train mode.
@@ -59,12 +59,12 @@ class Step:
         loss.backward()
 
     def update(self) -> None:
-        """The optimiser's part."""
+        """The optimizer's part."""
         self.optimizer.step()
         self.optimizer.zero_grad()
 
     def ledger(self) -> Ledger:
-        """The books of this step, see :func:`e3va_lite.analysis.memory.ledger`."""
+        """The memory of this step, see :func:`e3va_lite.analysis.memory.ledger`."""
         tensors = [*self.images, *(x for target in self.targets for x in target.values() if isinstance(x, Tensor))]
         with _DryRun() if isinstance(self.images[0], FakeTensor) else nullcontext():
             return ledger(self.model, self.optimizer, self.forward, tensors)
@@ -105,7 +105,7 @@ def build_step(recipe: Recipe, size: tuple[int, int], device: torch.device, dry_
         for target in targets:
             target |= _masks(recipe.task, size, classes, device)
     if recipe.task == "coco":
-        model.rpn.filter_proposals = _Given(targets, recipe.samples)
+        model.rpn.filter_proposals = _FixedProposals(targets, recipe.samples)
         for stage in model.roi_heads.stages if dry_run else ():
             stage.offsets.register_forward_hook(lambda module, args, output: _Zeros.apply(output))
     return Step(recipe, model, images, targets)
@@ -119,7 +119,7 @@ def training_size(recipe: Recipe) -> tuple[int, int]:
 
 
 def _fake(model: nn.Module, mode: FakeTensorMode, device: torch.device) -> None:
-    """Put fake tensors in the place of a meta model's parameters and buffers."""
+    """Replace a meta model's parameters and buffers by fake tensors."""
     for module in model.modules():
         for name, p in module._parameters.items():
             if p is not None:
@@ -139,7 +139,7 @@ def _objects(size: tuple[int, int], classes: int, device: torch.device) -> dict[
 
 
 def _masks(task: str, size: tuple[int, int], classes: int, device: torch.device) -> dict[str, Tensor]:
-    """Under a dry run fake: nothing depends on what is in a mask."""
+    """Masks, fake in a dry run: nothing depends on their content."""
     if task == "ade20k":
         return {"mask": torch.randint(classes, size, device=device)}
     if task == "coco":
@@ -147,8 +147,8 @@ def _masks(task: str, size: tuple[int, int], classes: int, device: torch.device)
     return {}
 
 
-class _Given:
-    """In the place of a proposal network's choice among its proposals: the given ones."""
+class _FixedProposals:
+    """Replaces a proposal network's choice among its proposals by fixed boxes."""
 
     def __init__(self, targets: list[dict], samples: int) -> None:
         copies = -(-samples // OBJECTS)
@@ -165,7 +165,7 @@ def _halved(boxes: Tensor) -> Tensor:
 
 
 class _Zeros(torch.autograd.Function):
-    """Takes what a dry network said of boxes, of which nobody knows the numbers, for zeros."""
+    """Takes the box offsets of a dry run, which have no numbers, as zeros."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -177,7 +177,7 @@ class _Zeros(torch.autograd.Function):
 
 
 class _DryRun(TorchDispatchMode):
-    """What fake tensors cannot do by themselves, or only slowly.
+    """Does what fake tensors cannot do by themselves, or only slowly.
 
     Real masks pick from fake tensors: how many they pick is known, though not to the fake tensors. The commonest
     operators go to the kernels for shapes directly, which is several times as fast.

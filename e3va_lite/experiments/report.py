@@ -1,7 +1,7 @@
 """What the runs of :mod:`e3va_lite.experiments.miniature` say: the paper's tables, its claims with a verdict each.
 
 Everything is computed from the lines of finished runs. Two points (.02) of AP or mIoU are the margin below which two
-ways of tuning count as near each other; the p-values of all claims are corrected together (Holm), and so are those of
+methods count as near each other; the p-values of all claims are corrected together (Holm), and so are those of
 all premises; a run that diverged counts with a score of 0.
 
 What was not written down before the experiment's own runs: the world of the scenes, which was changed after a first one
@@ -273,7 +273,7 @@ def _rates_of_heads(studies: dict) -> str:
         if own != shared and str(shared) in fixed["tried"]:
             ahead = 100 * (fixed["tried"][str(own)] - fixed["tried"][str(shared)])
             said[-1] += f" (`fixed` itself chose {own:g}, {ahead:.1f} points better on the scenes to choose on)"
-    return f"Neck and heads learn at one rate in all ways of tuning but `fixed`, which chooses it: {'; '.join(said)}."
+    return f"Neck and heads learn at one rate in all methods but `fixed`, which chooses it: {'; '.join(said)}."
 
 
 def _score(row: dict | None) -> str:
@@ -400,8 +400,8 @@ def write(lines: list[dict], folder: Path, costs: dict | None = None) -> dict:
     """
     folder.mkdir(parents=True, exist_ok=True)
     summary = summarise(lines)
-    (folder / "report.md").write_text(as_markdown(summary))
-    (folder / "report.json").write_text(json.dumps(summary, indent=2) + "\n")
+    (folder / "report.md").write_text(as_markdown(summary), encoding="utf-8")
+    (folder / "report.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     if figure := trade_offs(summary["studies"], METRICS):
         figure.savefig(folder / "trade-offs.png")
     if costs and (figure := neighbours_figure(summary["studies"].get("longer", {}), costs)):

@@ -1,4 +1,4 @@
-"""How sure a difference between two ways of tuning is. Scores are paired: the same seed means the same order of images.
+"""How sure a difference between two methods is. Scores are paired: the same seed means the same order of images.
 
 A claim is of one of two kinds. *More*: a is better than b. *Near*: a is not worse than b by the margin, which has to be
 named before anybody looks. Each has a p-value; those of all claims are corrected together.
@@ -47,16 +47,16 @@ class Difference:
 
 
 def difference(a: list[float], b: list[float]) -> Difference:
-    """Of two ways' scores, seed by seed; two seeds at least."""
+    """The difference of two methods' scores, seed by seed; two seeds at least."""
     deltas = np.subtract(a, b)
-    n, mean, deviation = len(deltas), float(deltas.mean()), float(deltas.std(ddof=1))
-    half = float(stats.t.ppf(1 - LEVEL / 2, n - 1)) * deviation / n**0.5
+    n, deviation = len(deltas), float(deltas.std(ddof=1))
+    mean, half = interval(deltas)
     enough = float(stats.t.ppf(1 - LEVEL / 2, n - 1) + stats.t.ppf(POWER, n - 1)) * deviation / n**0.5
     return Difference(n, mean, mean - half, mean + half, deviation, enough)
 
 
 def interval(scores: list[float]) -> tuple[float, float]:
-    """Mean and half of the 95 % interval of one way's scores."""
+    """Mean and half of the 95 % interval of one method's scores."""
     n = len(scores)
     return float(np.mean(scores)), float(stats.t.ppf(1 - LEVEL / 2, n - 1) * np.std(scores, ddof=1) / n**0.5)
 

@@ -1,11 +1,11 @@
 import json
-import math
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 
+from e3va_lite.analysis import fit_on_gpu
 from e3va_lite.analysis.cost import interleaved_seconds, split_methods, time_table, with_method
 from e3va_lite.analysis.fit_on_gpu import CARDS, GIB, MIB, capacity, dry_peak, fit_table, largest_batch
 from e3va_lite.analysis.memory import CATEGORIES
@@ -112,10 +112,19 @@ def test_without_full_there_is_no_share_of_it():
     assert table["rows"][0]["of_full"] is None and table["rows"][0]["of_fixed"]["step"] == 1
 
 
-@pytest.mark.parametrize("available", [1, 99, 100, 101, 1000, 12345, 10**7])
-@pytest.mark.parametrize("peak", [lambda n: 80 + 20 * n, lambda n: 100 * n, lambda n: 90 + 10 * n + n * n // 3])
-def test_the_largest_batch_fits_and_the_next_does_not(peak, available):
-    asked = []
+PEAKS = {
+    "affine": lambda n: 80 + 20 * n,
+    "nothing else": lambda n: 100 * n,
+    "optimizer first": lambda n: max(8300 + n, 6000 + 800 * n, 4800 + 1106 * n),  # as full fine-tuning of swin_nano
+    "curved": lambda n: 90 + 10 * n + n * n // 3,
+    "a workspace from seven images on": lambda n: 1000 + 70 * n + 500 * (n > 6),
+}
+
+
+@pytest.mark.parametrize("available", [1, 99, 100, 101, 1000, 8301, 12345, 10**5, 10**7])
+@pytest.mark.parametrize("name", PEAKS)
+def test_the_largest_batch_fits_and_the_next_does_not(name, available):
+    asked, peak = [], PEAKS[name]
 
     def counted(batch):
         asked.append(batch)
@@ -125,8 +134,22 @@ def test_the_largest_batch_fits_and_the_next_does_not(peak, available):
     assert bytes_ == peak(max(batch, 1)) and (batch == 0) == (peak(1) > available)
     if batch:
         assert peak(batch) <= available and (batch == 4096 or peak(batch + 1) > available)
-    if peak(10) == 80 + 200 or peak(10) == 1000:
-        assert len(asked) <= 4 + math.log(batch, 4) if batch else 1  # where it is affine
+    if name in ("affine", "nothing else", "optimizer first"):
+        assert len(asked) <= 4 and max(asked) <= 64  # the dry run of a large batch takes minutes
+
+
+@pytest.mark.parametrize("method", ["full", "e3va"])
+def test_a_few_dry_runs_answer_for_a_model_too(method, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        fit_on_gpu, "dry_peak", lambda recipe, size, batch: asked.append(batch) or dry_peak(recipe, size, batch)
+    )
+    recipe = load_recipe("voc-nano", {"pretrained": False})
+    [row] = fit_table(recipe, [method], (96, 96), "200MB", overhead=0)["rows"]
+    assert len(asked) <= 4 and row["peak"] <= row["available"]
+    own = with_method(recipe, method)
+    assert row["peak"] == dry_peak(own, (96, 96), row["batch_size"])
+    assert row["available"] < dry_peak(own, (96, 96), row["batch_size"] + 1)
 
 
 def test_fit_is_what_the_ledger_says():

@@ -90,7 +90,7 @@ def test_what_cannot_be_walked_is_one_sentence(arguments, sentence):
 @pytest.mark.parametrize(("method", "backbone"), [("lst", "swin_nano"), ("e3va", "vit_tiny_patch16_224")])
 def test_what_the_papers_figures_do_not_show_is_not_drawn(method, backbone, tmp_path):
     arguments = ("gradpath", "--method", method, "--backbone", backbone)
-    assert f"the gradient's way through {backbone}" in e3va(*arguments).stdout
+    assert f"the gradient's path through {backbone}" in e3va(*arguments).stdout
     result = e3va(*arguments, "--figures", tmp_path / "new")
     assert isinstance(result.exception, InputError) and f"not for {method} on {backbone}" in str(result.exception)
     assert not list(tmp_path.iterdir())
