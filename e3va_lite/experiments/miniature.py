@@ -323,7 +323,7 @@ def measure_costs(arms: Iterable[tuple[str, str]], device: torch.device, rounds:
     """
     pairs = list(arms)
     for study in dict.fromkeys(study for study, _ in pairs):
-        recipes = {arm: Run(study, arm, "test", 0.0, 0).recipe() for s, arm in pairs if s == study}
+        recipes = {arm: Run(study, arm, "test", 1e-3, 0).recipe() for s, arm in pairs if s == study}
         any_of_them = next(iter(recipes.values()))
         size = training_size(any_of_them)
         steps = {arm: build_step(recipe, size, device) for arm, recipe in recipes.items()}

@@ -93,7 +93,7 @@ def check(recipe: VOCRecipe, root: Path, split: str) -> Findings:
     if not any(problem.fatal for problem in findings):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what they would say is among the findings
-            data = dataset(recipe, root, split, recipe.classes)
+            data = dataset(recipe, root, split, findings.contents.classes)
         targets = map(data.target, range(len(data)))
         findings += too_many_objects({t["file"]: len(t["boxes"]) for t in targets}, recipe.detections)
     return findings

@@ -271,7 +271,7 @@ def test_a_hub_out_of_reach_is_one_clear_error(monkeypatch):
         raise FileNotFoundError("cannot reach the hub")
 
     monkeypatch.setattr(timm, "create_model", offline)
-    with pytest.raises(InputError, match=r"could not be fetched.*--weights"):
+    with pytest.raises(InputError, match=r"could not be fetched.*name the file as the weights"):
         build_backbone("e3va", "swin_base_patch4_window7_224", pretrained=True)
 
 

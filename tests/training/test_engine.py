@@ -478,7 +478,7 @@ def test_recipes_are_read_and_written_as_utf8_and_whole(tmp_path):
         (["--set", "options={rank: 0}"], "rank=0"),
         (["--method", "e3v"], "unknown method 'e3v': did you mean e3va"),
         (["--backbone", "swin_nana"], "unknown backbone 'swin_nana': did you mean swin_nano"),
-        (["--set", "classes=[star, house]"], "class"),
+        (["--set", "classes=[starr]"], "starr"),
         (["--set", "train_split=trian"], "trian"),
         (["--set", "weights=lost.pth"], "lost.pth"),
         (["--set", "nonsense"], "--set nonsense is not understood"),

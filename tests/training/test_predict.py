@@ -594,7 +594,7 @@ def test_predict_finds_what_evaluation_finds(sizes, tmp_path, monkeypatch, preci
 
 def test_exif_turns_an_image_unless_its_annotation_has_the_size_as_stored(sizes):
     paths = sorted((sizes / "JPEGImages").iterdir())
-    known = voc.known_images(None, None, paths)
+    known = voc.known_images(load_recipe("shapes"), None, paths)
     assert {path.stem: known[path] for path in paths} == {
         "1": Known(None, (96, 64)),
         "2": Known(None, (64, 96)),
