@@ -127,13 +127,15 @@ class _UPerNet(mmseg.models.segmentors.EncoderDecoder):
         labels = torch.stack([_padded(target["mask"], height, width, VOID) for target in targets])
         # The map that is pooled to a single place has one value per channel and image. A single image's have no
         # variance: for this batch its norm takes the running statistics.
-        pool = self.decode_head.psp_modules[0]
-        was_training = pool.training
-        pool.train(was_training and len(images) > 1)
+        pooled = self.decode_head.psp_modules[0].modules() if len(images) == 1 else ()
+        norms = [module for module in pooled if isinstance(module, nn.BatchNorm2d) and module.training]
         try:
+            for norm in norms:
+                norm.eval()
             losses = self.loss(batch, labels)
         finally:
-            pool.train(was_training)
+            for norm in norms:
+                norm.train()
         return {"decode": losses["decode.loss_ce"], "auxiliary": losses["aux.loss_ce"]}
 
     def _labels(self, image: Tensor) -> Tensor:
