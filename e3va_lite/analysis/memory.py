@@ -210,7 +210,8 @@ def ledger(
             owned["gradients"] = [live.add(p.grad) for p in model.parameters() if p.grad is not None]
             optimizer.step()
             owned["optimizer"] += [live.add(t) for t in _state(optimizer)]
-            model.zero_grad()
+            optimizer.zero_grad()
+            model.zero_grad()  # the gradients that are not the optimizer's
             del loss
             ends["optimizer"] = live.events
         owned["activations"] = kept
