@@ -3,7 +3,7 @@
 The outputs of every operator are recorded, and a storage (the memory behind a tensor and its views) is counted once,
 from its allocation until it is freed. The same count works on a CPU, whose allocator keeps none, on CUDA, and on
 torch's fake tensors, which have sizes and no memory. What a kernel allocates for itself while it runs is not seen; on
-CUDA the allocator's own peak, which holds that too, is reported.
+CUDA the allocator's own peak, which includes that, is reported.
 
 Each storage belongs to one category, known when the step is over:
 
@@ -39,8 +39,7 @@ class Ledger:
     """Bytes of one training step.
 
     Attributes:
-        curve: Per category the live bytes after every event, (events,) each; at an event a storage is allocated or
-            freed.
+        curve: Per category the live bytes after every event, (events,) each: a storage is allocated or freed.
         ends: Per phase the number of events until its end.
         by_module: Per module (``""`` is the model itself) the activations at the end of the forward pass; a storage
             counts for the innermost module that was running when an operator kept it for the first time, or, where
@@ -211,7 +210,8 @@ def ledger(
             owned["gradients"] = [live.add(p.grad) for p in model.parameters() if p.grad is not None]
             optimizer.step()
             owned["optimizer"] += [live.add(t) for t in _state(optimizer)]
-            model.zero_grad()
+            optimizer.zero_grad()
+            model.zero_grad()  # the gradients that are not the optimizer's
             del loss
             ends["optimizer"] = live.events
         owned["activations"] = kept
