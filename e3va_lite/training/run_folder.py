@@ -60,8 +60,8 @@ def claimed(run: Path, overwrite: bool, resume: bool) -> Iterator[None]:
 
 
 def contents(run: Path) -> list[Path]:
-    """What is in the folder, if there is one, but for the lock."""
-    return [path for path in run.iterdir() if path.name != LOCK] if run.is_dir() else []
+    """What is in the folder, if there is one, but for the lock and what a process that was killed had not finished."""
+    return [path for path in run.iterdir() if path.name != LOCK and path.suffix != ".tmp"] if run.is_dir() else []
 
 
 def _check_free(run: Path, overwrite: bool) -> None:

@@ -256,3 +256,13 @@ def test_places_where_no_run_can_be_are_one_sentence(scenes, whole, tmp_path):
         with pytest.raises(InputError, match=message):
             runs.train(scenes, small(), tmp_path / place, CPU, overwrite=True)
     assert trained.open_run(whole).step == 6
+
+
+def test_a_run_killed_before_its_first_file_is_whole_can_be_begun_again(scenes, whole, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / f"{trained.RECIPE}.tmp").write_text("task: v", encoding="utf-8")  # all that such a run leaves, and a lock
+    (folder / run_folder.LOCK).touch()
+    runs.train(scenes, small(), folder, CPU)
+    same_ending(folder, whole)
+    assert not list(folder.glob("*.tmp"))
