@@ -24,7 +24,7 @@ CARDS = {
     "h200": 141,
 }  # fmt: skip
 FIRST = 4  # images: the peak of fewer may be that of the optimizer's step, which does not depend on the batch
-CONFIRMED = 64  # images: the largest batch of which a dry run confirms the line
+FAR = 128  # images: a wrong prediction beyond would cost minutes
 LARGEST = 4096  # images: nobody trains with more on one card
 WORKERS = 2
 
@@ -47,9 +47,9 @@ def largest_batch(peak: Callable[[int], int], available: int) -> tuple[int, int]
     """The largest batch whose peak is within what is available, and its peak; 0 and the peak of one image if none is.
 
     Peaks are affine in the batch, except for a few images, whose peak may be in another part of the step. Two peaks
-    predict the answer and a third, at the answer, confirms the line; above ``CONFIRMED`` images, whose dry run takes
-    minutes, the line is followed. Where the three are not on a line, the search goes on until a batch that fits and one
-    more that does not are found.
+    predict the answer and a third, at the answer, confirms the line; an answer above ``FAR`` images is confirmed there
+    first. Where the three are not on a line, the search goes on until a batch that fits and one more that does not are
+    found.
 
     Args:
         peak: Bytes for a batch, never falling.
@@ -71,10 +71,10 @@ def largest_batch(peak: Callable[[int], int], available: int) -> tuple[int, int]
         slope = max(peaks[high] - peaks[low], 1) / (high - low)
         predicted = max(min(low + int((available - peaks[low]) / slope), too_large - 1), fits)
         confirmed = any(abs(peaks[low] + slope * (x - low) - peaks[x]) <= 1e-5 * abs(x - low) * slope for x in others)
-        if fits and confirmed and (predicted == fits or fits >= CONFIRMED):
-            return predicted, round(peaks[fits] + slope * (predicted - fits))
-        if predicted > CONFIRMED > fits and CONFIRMED not in peaks:
-            predicted = CONFIRMED
+        if fits and confirmed and predicted == fits:
+            break
+        if predicted > FAR > fits and FAR not in peaks:
+            predicted = FAR
         elif len(peaks) > 5:  # no line at all
             predicted = (fits + too_large) // 2
         batch = min(max(predicted, fits + 1), too_large - 1)

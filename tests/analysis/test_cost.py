@@ -135,7 +135,7 @@ def test_the_largest_batch_fits_and_the_next_does_not(name, available):
     if batch:
         assert peak(batch) <= available and (batch == 4096 or peak(batch + 1) > available)
     if name in ("affine", "nothing else", "optimizer first"):
-        assert len(asked) <= 4 and max(asked) <= 64  # the dry run of a large batch takes minutes
+        assert len(asked) <= 4 and len(set(asked)) == len(asked)
 
 
 @pytest.mark.parametrize("method", ["full", "e3va"])
