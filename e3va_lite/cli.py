@@ -152,7 +152,7 @@ def compare(methods, seeds, root, recipe, settings, data, out, mode, device, ove
 @overwrite
 @as_json
 def gradpath(methods, backbone, size, figures, overwrite, as_json) -> None:
-    """Walk the gradient's way back from a loss: what of the backbone it reaches, how long it is, what it keeps.
+    """Follow the gradient's path back from a loss: what of the backbone it reaches, how long it is, what it keeps.
 
     Models are built without memory: any backbone and size will do.
     """
@@ -455,7 +455,7 @@ def export(run, out, backbone_only, best, weights) -> None:
 @click.option("--costs", is_flag=True, help="Measure memory and time instead; for a machine that does nothing else.")
 @device_option
 def reproduce(parts, quick, data, out, jobs, costs, device) -> None:
-    """The paper in miniature: all ways of tuning, three tasks, ablations, over several seeds.
+    """The paper in miniature: all fine-tuning methods, three tasks, ablations, over several seeds.
 
     Parts: core, few, instances, methods, few-methods, larger, widths, neighbours, ablations. Some hours on two
     cores. Stop it whenever you want: the same command goes on with the runs that are missing. `e3va report` says what
