@@ -420,7 +420,7 @@ class _File:
         )
         hint = ""
         if any(reason == EMPTY for _, reason in self.left_out) and not self.boxes_only:
-            hint = ": boxes without masks can train a RetinaNet, with 'e3va train voc' and the same annotations"
+            hint = ": boxes without masks can train a RetinaNet, with 'e3va train coco-boxes'"
         images = [image.path for image in self.images.values()]
         return Contents(images, self.classes, source, taught, self.left_out, self.groups & {*self.classes}, hint=hint)
 
