@@ -63,6 +63,8 @@ class Contents:
             reasons[reason] += count
         if not self.taught.total():
             why = f"{reasons.total()} {self.unit} are left out ({_listed(reasons)})" if reasons else f"no {self.unit}"
+            if reasons["other classes"]:
+                why += f"; the classes asked for are {', '.join(self.classes[:5])}"
             return [Problem("training splits that teach nothing", f"{why}{self.hint}", True)]
         problems = []
         for name in (name for name in self.classes if not self.taught[name]):
