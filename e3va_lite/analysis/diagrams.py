@@ -61,7 +61,7 @@ def save(folder: Path, methods: Iterable[str], name: str, size: tuple[int, int] 
 def _check(backbones: dict[str, nn.Module], stage: int = 1) -> None:
     """The drawings show what the paper has: its methods, on a Swin or a Swin V2, and a stage that runs."""
     for label, backbone in backbones.items():
-        if not isinstance(backbone, ThroughBackbone | E3VA) or not isinstance(backbone.trunk, SWINS):
+        if not isinstance(backbone, ThroughBackbone | E3VA) or not isinstance(backbone.backbone, SWINS):
             name = getattr(backbone, "name", type(backbone).__name__)
             raise InputError(f"figures are drawn for the paper's methods on a Swin, not for {label} on {name}.")
         if not 1 <= stage <= backbone.last_stage:
@@ -109,7 +109,7 @@ def _blocks(title: str, backbones: dict[str, nn.Module], images: Tensor, stage: 
         block = [block for block in found.blocks if block.stage == stage][-1]
         picture = Picture(axes, left + 2.1, 4.1, *_parts_of(found, block))
         attention = "MSA, LoRA" if hasattr(backbone, "updates") else "W/SW-MSA"
-        norms_last = isinstance(backbone.trunk, SwinTransformerV2)
+        norms_last = isinstance(backbone.backbone, SwinTransformerV2)
         _draw_stream(picture, _adapters_of(backbone), attention, norms_last)
         if isinstance(backbone, E3VA):
             structure = next(name for name, join in STRUCTURES.items() if join is backbone.join)
@@ -128,7 +128,7 @@ def _blocks(title: str, backbones: dict[str, nn.Module], images: Tensor, stage: 
 
 def _parts_of(found: Trace, block: Block) -> tuple[dict[str, bool], dict[str, bool]]:
     """What the gradient reaches, and where it ends, in one block: by the names of its parts."""
-    prefix = f"trunk.layers.{block.stage - 1}.blocks.{block.block - 1}."
+    prefix = f"backbone.layers.{block.stage - 1}.blocks.{block.block - 1}."
     names = {part: prefix + part for part in ("norm1", "attn", "norm2", "mlp")}
     names |= {f"a{number}": name for number, name in enumerate(block.adapters, start=1)}
     reached = {part: _passed(found, name) for part, name in names.items()}
@@ -280,9 +280,9 @@ def figure2(backbone: E3VA, images: Tensor) -> Figure:
 def _network_of(found: Trace, backbone: nn.Module) -> tuple[dict[str, bool], dict[str, bool]]:
     """As :func:`_parts_of`, for the parts of the whole network."""
     own = backbone.reductions if isinstance(backbone, E3VA) else None
-    names = {"embed": ["trunk.patch_embed"]}
+    names = {"embed": ["backbone.patch_embed"]}
     for number in range(1, backbone.last_stage + 1):
-        layer = f"trunk.layers.{number - 1}"
+        layer = f"backbone.layers.{number - 1}"
         blocks = {index: block for index, block in enumerate(found.blocks) if block.stage == number}
         names[f"s{number}"] = [f"{layer}.blocks.{block.block - 1}" for block in blocks.values()]
         names[f"a{number}"] = [name for block in blocks.values() for name in block.adapters]
@@ -332,7 +332,7 @@ def _after(picture: Picture, source: str, name: str, x: float, y: float) -> str:
 
 def _stage(picture: Picture, backbone: nn.Module, number: int, x: float, road: float, stream: str, way: str) -> tuple:
     """A stage as one box, with what a method has added to its blocks; on a highway, where that meets it."""
-    name, extra, blocks = f"s{number}", f"a{number}", len(backbone.trunk.layers[number - 1].blocks)
+    name, extra, blocks = f"s{number}", f"a{number}", len(backbone.backbone.layers[number - 1].blocks)
     text = "LoRA" if hasattr(backbone, "updates") else f"{2 * blocks} adapters"
     picture.box(name, x + 1, 0, f"stage {number}\n{blocks} blocks", 2.0, 0.95)
     picture.line(stream, name)
@@ -355,7 +355,7 @@ def _stage_in_detail(
     picture: Picture, backbone: E3VA, number: int, x: float, road: float, stream: str, way: str
 ) -> tuple:
     """One block of the stage: equation (7) on the stream, equation (8) on the highway."""
-    order = -1 if isinstance(backbone.trunk, SwinTransformerV2) else 1  # which norms behind the layers
+    order = -1 if isinstance(backbone.backbone, SwinTransformerV2) else 1  # which norms behind the layers
     for part, tap, layers, middle in ((1, "attn", ("LN₁", "W/SW-MSA"), x + 1.0), (2, "mlp", ("LN₂", "MLP"), x + 4.2)):
         text = "\n".join(layers[::order])
         tap, total, adapter, join = (f"{name}_{number}" for name in (tap, f"sum{part}", f"a{part}", f"join{part}"))
@@ -371,7 +371,7 @@ def _stage_in_detail(
         picture.line(adapter, join)
         picture.line(way, join, *([(EMBED, road)] if way == "embed" else []))
         stream, way = total, join
-    blocks, channels = len(backbone.adapters[number - 1]), stage_dims(backbone.trunk)[number - 1]
+    blocks, channels = len(backbone.adapters[number - 1]), stage_dims(backbone.backbone)[number - 1]
     picture.text(x + 2.8, -1.15, f"stage {number}: {blocks} such blocks, {channels} channels")
     return stream, way
 

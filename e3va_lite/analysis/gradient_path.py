@@ -104,7 +104,7 @@ def trace(
             first two. Models on the meta device cost no memory and have the same graph.
         *inputs: The positional arguments of ``model``, for a backbone float images (B, 3, H, W); ``**keywords`` are
             its keyword arguments.
-        backbone: The pretrained part, a module or its name; the module called ``trunk`` if not given.
+        backbone: The pretrained part, a module or its name; the innermost module called ``backbone`` if not given.
         loss: Turns the model's output into a tensor. By default ``isolation.random_functional``, whose two links (a
             product and a scale) are part of the lengths. Neck, head and the task's loss would add theirs to every
             method alike.
@@ -255,7 +255,7 @@ def _watched(backbone: ThroughBackbone | E3VA | None, saved: SavedBytes) -> Iter
 
     handles = [
         first_layer(block).register_forward_pre_hook(lambda module, args: streams.append(args[0].grad_fn))
-        for stage in backbone.trunk.layers
+        for stage in backbone.backbone.layers
         for block in stage.blocks
     ]
     setattr(backbone, name, watched)
@@ -278,7 +278,7 @@ def _per_stage(
     names = {module: name for name, module in model.named_modules()}
     outputs = {name: node for node, by in produced.items() for name in by}
     per_stage, blocks, todo = [], [], iter(calls)
-    for number, stage in enumerate(backbone.trunk.layers[: backbone.last_stage], start=1):
+    for number, stage in enumerate(backbone.backbone.layers[: backbone.last_stage], start=1):
         ran = [call for _, call in zip(stage.blocks, todo, strict=False)]
 
         def inside(output: object, input: object) -> dict[object, int]:

@@ -48,8 +48,8 @@ def assert_isolated(
         model: The model to be trained. Its modules may have an attribute ``passed_by_design``: a list of modules of the
             backbone that a gradient may pass although their parameters get none (the highway's inherited reductions).
         *inputs: The positional arguments of ``model``; ``**keywords`` are its keyword arguments.
-        backbone: The part that must not be reached: a module of ``model`` or its name in it. By default the module
-            called ``trunk``, which every backbone of this package has.
+        backbone: The part that must not be reached: a module of ``model`` or its name in it. By default the innermost
+            module called ``backbone``, which every tuned backbone of this package has.
         loss: Turns the model's output into a scalar. By default a random linear functional of all float tensors in the
             output, which may be nested in lists, dicts and dataclasses. (The mean square of LayerNormed maps, the
             obvious choice, is constant: its gradient is zero and would prove anything.)
@@ -295,13 +295,19 @@ def next_nodes(node: object) -> list[object]:
 
 
 def find_backbone(model: nn.Module, backbone: nn.Module | str | None) -> nn.Module:
-    """The frozen part: as given, by its name in the model, or the module called ``trunk``; InputError without one."""
+    """The frozen part: as given, by its name in the model, or the innermost module called ``backbone``.
+
+    Innermost, since a detector calls by that name what contains the tuned backbone, which contains the pretrained one.
+
+    Raises:
+        InputError: If there is none.
+    """
     modules = dict(model.named_modules())
     if backbone is None:
-        found = [module for name, module in modules.items() if name.split(".")[-1] == "trunk"]
+        found = [name for name in modules if name.split(".")[-1] == "backbone"]
         if not found:
             raise InputError("name the frozen part: backbone=<a module of the model, or its name in it>.")
-        backbone = found[0]
+        backbone = modules[max(found, key=lambda name: name.count("."))]
     elif isinstance(backbone, str):
         if backbone not in modules:
             raise InputError(f"the model has no module named '{backbone}'.")

@@ -76,7 +76,7 @@ def compare(
         for spec in methods:  # methods inside seeds: after each seed all of them stand side by side
             seeded = replace(recipes[spec], seed=seed)
             model = build_model(seeded, num_classes)
-            weights = fingerprint(model.backbone.body.trunk)
+            weights = fingerprint(model.backbone.body.backbone)
             run = {"task": task, "recipe": asdict(seeded), "weights": weights}
             done = next((line["ap50"] for line in known if line.items() >= run.items()), None)
             if done is None:

@@ -161,16 +161,16 @@ def pretrain(objective: nn.Module, settings: dict, out: Path, device: torch.devi
             accuracy = accuracy_of_average
         else:
             objective.load_state_dict(last, strict=False)
-    trunk = objective.backbone.trunk
-    save_file({key: value.half().contiguous().cpu() for key, value in trunk.state_dict().items()}, out)
+    backbone = objective.backbone.backbone
+    save_file({key: value.half().contiguous().cpu() for key, value in backbone.state_dict().items()}, out)
     card = {
         "what": f"{name}, pretrained by e3va_lite",
         **begun_with,
         "images_seen": steps * batch,
         **accuracy,
         "weights_are_a_moving_average": is_average,
-        "parameters": sum(p.numel() for p in trunk.parameters()),
-        "fingerprint": fingerprint(trunk.half().float()),
+        "parameters": sum(p.numel() for p in backbone.parameters()),
+        "fingerprint": fingerprint(backbone.half().float()),
         "seconds": round(seconds),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU",
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},

@@ -100,7 +100,7 @@ def _same_backbone(backbone: nn.Module, about: dict, path: Path) -> None:
         raise InputError(f"'{path}' was not written by `e3va export`: give the file of one.")
     if _architecture(backbone.name) != _architecture(about["backbone"]):
         raise InputError(f"'{path}' belongs to the backbone {about['backbone']}, not to {backbone.name}.")
-    if fingerprint(backbone.trunk) != about["weights"]:
+    if fingerprint(backbone.backbone) != about["weights"]:
         raise InputError(
             f"'{path}' was made with other pretrained weights of {about['backbone']} (their digest begins with "
             f"{about['weights'][:12]}): load those."

@@ -86,7 +86,7 @@ def train(
             "root": str(root),
             "classes": list(train_set.classes),
             "category_ids": getattr(train_set, "category_ids", None),
-            "weights": fingerprint(model.backbone.body.trunk),
+            "weights": fingerprint(model.backbone.body.backbone),
             "images": {recipe.train_split: len(train_set), recipe.eval_split: len(eval_set)},
             "processes": world(),
         }

@@ -45,7 +45,7 @@ def open_run(run: Path, best: bool = False, weights: str | None = None) -> Train
     tensors, state = checkpoint.read(path)
     about = state["about"]
     model = build_model(recipe, len(about["classes"]))
-    if fingerprint(model.backbone.body.trunk) != about["weights"]:
+    if fingerprint(model.backbone.body.backbone) != about["weights"]:
         raise InputError(
             f"the pretrained weights of {recipe.backbone} are not those that '{run}' was trained with: give them with "
             "--weights."
@@ -75,7 +75,7 @@ def start_from(model: nn.Module, source: Path, classes: list[str]) -> dict:
         raise InputError(f"'{source}' is not a run with a checkpoint, it has no {LAST}: give the folder of one.")
     tensors, about = checkpoint.read(path)
     about = about.get("about", about)  # a run's checkpoint has more to say than an exported file
-    if fingerprint(model.backbone.body.trunk) != about["weights"]:
+    if fingerprint(model.backbone.body.backbone) != about["weights"]:
         raise InputError(
             f"'{source}' was trained beside other pretrained weights: start with its backbone and weights."
         )

@@ -120,7 +120,7 @@ def test_weights_load_and_the_card_says_where_they_are_from(backbone, run, tmp_p
     assert set(card["accuracy_held_out"]) == {"one", "two"}
     assert str(folders[0].parent) not in json.dumps(card)  # nobody's paths
     assert {value.dtype for value in load_file(out).values()} == {torch.float16}
-    swin = build_backbone("e3va", backbone, weights=out).trunk
+    swin = build_backbone("e3va", backbone, weights=out).backbone
     assert fingerprint(swin) == card["fingerprint"]
     with pytest.raises(InputError, match="--overwrite"):
         run(out)
