@@ -64,6 +64,14 @@ def contents(run: Path) -> list[Path]:
     return [path for path in run.iterdir() if path.name != LOCK and path.suffix != ".tmp"] if run.is_dir() else []
 
 
+def default_run(name: str, new: bool) -> Path:
+    """``runs/NAME``, ``runs/NAME-2``, ...: the first that is free for a new run, or else the latest one."""
+    latest, number = None, 1
+    while contents(free := Path("runs") / (name if number == 1 else f"{name}-{number}")):
+        latest, number = free, number + 1
+    return free if new or latest is None else latest
+
+
 def _check_free(run: Path, overwrite: bool) -> None:
     """Make sure that a run's folder can be written: it is new or empty, or its replacement was asked for."""
     check_place(run, overwrite=True, folder=True)

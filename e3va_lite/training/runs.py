@@ -330,3 +330,17 @@ def evaluate_run(
     if metrics is None:
         return None
     return {"run": str(run), "result": {"step": trained.step, "split": split, **metrics}}
+
+
+def metrics_text(metrics: dict) -> str:
+    """A line per class, where a metric has a value for every class, and a line per metric."""
+    tables = {name: values for name, values in metrics.items() if isinstance(values, dict)}
+    lines = []
+    for label in dict.fromkeys(label for values in tables.values() for label in values):
+        cells = ["    -" if (x := values[label]) is None else f"{x:.3f}" for values in tables.values()]
+        lines.append(f"  {label:24s} {'  '.join(cells)}")
+    lines += [f"  ({', '.join(tables)})"] * bool(tables)
+    for name, value in metrics.items():
+        if name not in ("step", "split", *tables):
+            lines.append(f"{name} on '{metrics['split']}': {'-' if value is None else f'{value:.3f}'}")
+    return "\n".join(lines)
