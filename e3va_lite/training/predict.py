@@ -12,7 +12,6 @@ The files hold all that the model returned, since metrics need it; a picture sho
 
 import io
 import json
-import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,6 +26,7 @@ from tqdm import tqdm
 
 from ..datasets.check import SMALLEST, UNREADABLE
 from ..errors import InputError, unknown
+from ..files import check_place, replacing
 from ..tasks.coco import results as coco_results
 from ..tasks.registry import NAMES, Known, predict_image
 from .pictures import palette, picture
@@ -95,7 +95,6 @@ def predict(
     paths, bad = _readable(paths, known)  # better now than after an hour
     if bad and not (skip_bad and paths):
         raise InputError(f"{bad[0]} {len(bad)} of {len(ids)} images cannot be used; --skip-bad leaves such images out.")
-    _make(out)
     results, lines, done, finished = [], {name: [] for name in classes}, 0, False
     was_training = model.training
     model.to(device).eval()
@@ -266,36 +265,20 @@ def _check_out(out: Path, paths: list[Path], names: Iterable[str], overwrite: bo
     if {folder.resolve() for folder in (out, out / "masks")} & {path.parent.resolve() for path in paths}:
         raise InputError(f"'{out}' holds the images themselves: choose another --out.")
     for folder in (out, out / "masks"):
-        there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
-        if not there.is_dir() or not os.access(there, os.W_OK):
-            raise InputError(
-                f"'{folder}' cannot be a folder ('{there}' is none, or cannot be written to): choose another --out."
-            )
+        check_place(folder, overwrite=True, folder=True)
     if out.exists() and not overwrite and any(out.iterdir()):
         raise InputError(f"'{out}' is not empty: choose another --out, or pass --overwrite.")
     for file in (folder / f"{name}.png" for folder in (out, out / "masks") for name in names):
-        if file.is_dir():
-            raise InputError(f"'{file}' is a folder, where a picture is to be written: choose another --out.")
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"'{folder}' cannot be a folder ({error}): choose another --out.") from None
+        check_place(file, overwrite=True)
 
 
 def _save(path: Path, content: bytes) -> None:
-    """Write a file under another name and rename it, so that under its own name there is always a whole one."""
-    unfinished = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_bytes(content)
-        unfinished.replace(path)
+        with replacing(path) as unfinished:
+            unfinished.write_bytes(content)
     except OSError as error:
         raise InputError(f"'{path}' cannot be written ({error}): make room, or choose another --out.") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _png(image: Image.Image) -> bytes:

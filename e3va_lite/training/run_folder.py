@@ -37,14 +37,12 @@ def claimed(run: Path, overwrite: bool, resume: bool) -> Iterator[None]:
     if not resume:
         _check_free(run, overwrite)
     new = not run.exists()
+    lock = FileLock(run / LOCK)
     try:
         run.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(run / LOCK)
         lock.acquire(timeout=LOCK_SECONDS if resume else 0)
     except Timeout:
-        raise InputError(
-            f"another training is writing into '{run}': wait for its end or choose another --out."
-        ) from None
+        raise InputError(f"another training is writing into '{run}': wait for it or choose another --out.") from None
     except NotImplementedError:  # a file system without locks
         warnings.warn(f"'{run}' cannot be locked there: start no second training in it.", stacklevel=2)
     except OSError as error:
