@@ -1,4 +1,4 @@
-"""Predictions on anybody's images: pictures for people, and for tools the files that they read.
+"""Predictions on images: pictures of them, and files in the formats that COCO's and VOC's tools read.
 
     OUT/NAME.png                      the image with what was found in it
     OUT/classes.json                  the number of every class in the files below, and its name
@@ -114,22 +114,23 @@ def predict(
                 _save(out / "masks" / name, _png(_index_image(prediction["mask"], numbers)))
             else:
                 results += coco_results(prediction, ids[path], numbers)
-                voc_lines = _voc_lines(path.stem, prediction)
-                for line, label in zip(voc_lines, prediction["labels"].tolist(), strict=True):
+                for label, line in _voc_lines(path.stem, prediction):
                     lines[classes[label - 1]].append(line)
             done += 1
         finished = True
     finally:
         model.train(was_training)
-        if task == "voc":
-            for name, safe in file_names(lines).items():
-                _save(out / f"comp4_det_test_{safe}.txt", "".join(lines[name]).encode())
-        if task != "ade20k":
-            _save(out / "results.json", json.dumps(results).encode())
         by_number = dict(zip(numbers.tolist(), classes, strict=True))
-        _save(out / "classes.json", json.dumps(by_number, indent=2, ensure_ascii=False).encode())
+        texts = {"classes.json": json.dumps(by_number, indent=2, ensure_ascii=False)}
+        if task == "voc":
+            texts |= {f"comp4_det_test_{safe}.txt": "".join(lines[name]) for name, safe in file_names(lines).items()}
+        if task != "ade20k":
+            texts["results.json"] = json.dumps(results)
         if bad:
-            _save(out / "left_out.txt", "".join(f"{error}\n" for error in bad).encode())
+            texts["left_out.txt"] = "".join(f"{error}\n" for error in bad)
+        for name, text in texts.items():
+            _save(out / name, text.encode())
+        if bad:
             warnings.warn(f"{len(bad)} images were left out: {' '.join(map(str, bad))}", stacklevel=2)
         if not finished:
             warnings.warn(f"'{out}' holds the first {done} of {len(paths)} images.", stacklevel=2)
@@ -289,9 +290,9 @@ def _png(image: Image.Image) -> bytes:
 
 def _numbers(task: str, count: int, category_ids: Sequence[int] | None, ignore: int) -> np.ndarray:
     """What the files call the classes, (K,)."""
-    if task != "ade20k":
-        return np.arange(count) + 1 if category_ids is None else np.array(category_ids)
     numbers = np.arange(count)
+    if task != "ade20k":
+        return numbers + 1 if category_ids is None else np.array(category_ids)
     numbers += numbers >= ignore
     if numbers[-1] >= VOID:
         raise InputError(f"{count} classes with ignore {ignore} do not fit into a mask of 8 bits: have fewer classes.")
@@ -307,7 +308,8 @@ def _index_image(mask: Tensor, numbers: np.ndarray) -> Image.Image:
     return image
 
 
-def _voc_lines(stem: str, prediction: dict) -> list[str]:
-    """One image's boxes as the devkit reads them: pixels count from 1, and the last one belongs to the box."""
-    rows = zip(prediction["scores"].tolist(), prediction["boxes"].tolist(), strict=True)
-    return [f"{stem} {score:.9g} {x1 + 1:.9g} {y1 + 1:.9g} {x2:.9g} {y2:.9g}\n" for score, (x1, y1, x2, y2) in rows]
+def _voc_lines(stem: str, prediction: dict) -> Iterator[tuple[int, str]]:
+    """Label and line of each box of an image as the devkit reads them: pixels count from 1, the last one included."""
+    columns = (prediction[name].tolist() for name in ("labels", "scores", "boxes"))
+    for label, score, (x1, y1, x2, y2) in zip(*columns, strict=True):
+        yield label, f"{stem} {score:.9g} {x1 + 1:.9g} {y1 + 1:.9g} {x2:.9g} {y2:.9g}\n"
