@@ -332,7 +332,8 @@ def metrics_text(metrics: dict) -> str:
     for label in dict.fromkeys(label for values in tables.values() for label in values):
         cells = ["    -" if (x := values[label]) is None else f"{x:.3f}" for values in tables.values()]
         lines.append(f"  {label:24s} {'  '.join(cells)}")
-    lines += [f"  ({', '.join(tables)})"] * bool(tables)
+    if tables:
+        lines.append(f"  ({', '.join(tables)})")
     for name, value in metrics.items():
         if name not in ("step", "split", *tables):
             lines.append(f"{name} on '{metrics['split']}': {'-' if value is None else f'{value:.3f}'}")

@@ -58,10 +58,11 @@ def rebuild(recipe: Recipe, tensors: dict[str, Tensor], about: dict, path: Path)
 
 def check_weights(backbone: nn.Module, about: dict, path: Path) -> None:
     """Raise an :class:`InputError` if a backbone has other pretrained weights than those that ``path`` belongs to."""
-    if fingerprint(backbone.trunk) != (wanted := about["weights"]):
+    if fingerprint(backbone.trunk) != about["weights"]:
+        wanted = f"their digest begins with {about['weights'][:12]}"
         raise InputError(
-            f"'{path}' was trained beside other pretrained weights of {backbone.name} (their digest begins with "
-            f"{wanted[:12]}): give those, on the command line with --weights."
+            f"'{path}' was trained with another backbone or other pretrained weights of {backbone.name} ({wanted}): "
+            "give those, on the command line with --weights."
         )
 
 
