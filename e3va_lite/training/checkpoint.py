@@ -73,11 +73,9 @@ def kept_state(model: nn.Module) -> dict[str, Tensor]:
 
 def restore(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
     """Load what :func:`kept_state` returned into a model of the same recipe; all of it or, with an error, nothing."""
-    wanted = {name: tensor.shape for name, tensor in kept_state(model).items()}
-    wrong = [
-        name for name in {*wanted, *tensors} if name not in tensors or wanted.get(name) != tensors[name].shape
-    ]  # fmt: skip
-    if wrong:
+    tensors = without_optimizer(tensors)
+    wanted, given = ({name: x.shape for name, x in state.items()} for state in (kept_state(model), tensors))
+    if wrong := [name for name, _ in wanted.items() ^ given.items()]:
         raise InputError(f"'{path}' does not fit the model of its recipe, first at '{min(wrong)}': was one replaced?")
     model.load_state_dict(tensors, strict=False)
 
