@@ -182,9 +182,7 @@ def _jobs(numbers: list[int]) -> list[Job]:
     return list(dict.fromkeys(jobs))
 
 
-def _dry_runs(
-    jobs: list[Job], counted: list[tuple[str, str]]
-) -> tuple[dict[Job, float], dict[tuple[str, str], int]]:
+def _dry_runs(jobs: list[Job], counted: list[tuple[str, str]]) -> tuple[dict[Job, float], dict[tuple[str, str], int]]:
     """MB of each job's training step, without the overhead; trainable parameters of each backbone and method."""
     calls = []
     for task, backbone, method, batch in jobs:
