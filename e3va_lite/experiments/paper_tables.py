@@ -8,7 +8,6 @@ The hours of Table 3 become shares of full fine-tuning, beside measured shares o
 """
 
 import json
-import math
 import warnings
 from functools import cache, partial
 from pathlib import Path
@@ -23,7 +22,6 @@ from ..methods.registry import METHODS, build_backbone
 from ..recipes.schema import load_recipe
 
 SWIN_L, SWIN_B = "swin_large_patch4_window7_224", "swin_base_patch4_window7_224"
-WIDTHS, DEPTHS = {SWIN_L: 192, SWIN_B: 128}, (2, 2, 18, 2)  # widths double from stage to stage
 
 # The conventions. Height and width of a training image: VOC's is the stand-in's only one, COCO's is the one among the
 # stand-in's that brings Table 2's megabytes nearest; padded to multiples of 32, as detectors do.
@@ -52,7 +50,10 @@ WHAT_IS_TRAINED = {
 
 @cache
 def printed() -> dict[str, dict]:
-    """What the paper prints: ``table1`` to ``table4``, each its ``columns`` and a list per row."""
+    """What the paper prints: ``table1`` to ``table6``, each its ``columns`` and a list per row.
+
+    Then what is known about cells of Tables 1 and 2: ``contradictions`` and ``differences``, by table and row.
+    """
     return yaml.safe_load((Path(__file__).parent / "paper.yaml").read_text())
 
 
@@ -224,41 +225,19 @@ def _memory_rows(table: str, task: str, peaks: dict[Job, float], counts: dict[tu
         if body == backbone and method != "full":
             saved, saved_printed = (round(100 * (1 - x), 1) for x in (ours / whole, memory / whole_printed))
             cells["saved"] = _cell(saved_printed, saved, "dry run, percent of full", 1)
-            note = _why(table, method, task, backbone, cells["saved"]["difference"])
+            note = _why(table, row, cells["saved"]["difference"])
         for column, score in zip(printed()[table]["columns"][2:], scores, strict=True):
             cells[column] = _cell(score, None, "not measured: takes the dataset and weeks")
         rows.append({"row": row, "cells": cells, "note": note})
     return rows
 
 
-def _why(table: str, method: str, task: str, backbone: str, difference: float) -> str:
+def _why(table: str, row: str, difference: float) -> str:
     """What is known about a saving that is not the paper's."""
-    memory = {row: printed_value(table, "memory", row) for row in _rows(table)}
-    if method == "partial1" and memory[method] < memory["fixed"]:
-        return "printed below fixed, which does less: both cannot be right."
-    if abs(difference) <= TOLERANCE:
-        return ""
-    known = "unexplained."
-    if method.startswith("e3va"):
-        height, width = SIZES[task]
-        cells = [math.ceil(height / stride) * math.ceil(width / stride) for stride in (4, 8, 16, 32)]
-        channels = [WIDTHS[backbone] * 2**stage for stage in range(4)]
-        taps = sum(2 * d * BATCH * n * c * 4 for d, n, c in zip(DEPTHS, cells, channels, strict=True))
-        known = (
-            f"printed {memory[method] - memory['fixed']} MB above fixed. Its taps alone are {taps / MIB:.0f} MB in "
-            "float32 at this size, and the literal equations keep about as much again on both sides of the GeLU."
-        )
-    elif method == "bitfit":
-        known = (
-            f"printed {memory[method] - memory['norm']} MB above norm, although a bias asks for no activation that "
-            "norm-tuning does not keep too; unexplained."
-        )
-    elif method in ("adapter", "lora") and memory[method] < memory["norm"]:
-        known = (
-            f"printed {memory['norm'] - memory[method]} MB below norm, although it passes the same layers and keeps "
-            "its own activations on top; unexplained."
-        )
-    return f"{difference:+.1f} points; {known}"
+    if known := printed()["contradictions"].get(table, {}).get(row):
+        return known
+    known = printed()["differences"][table].get(row, "unexplained.")
+    return f"{difference:+.1f} points; {known}" if abs(difference) > TOLERANCE else ""
 
 
 def _fit_rows(peaks: dict[Job, float]) -> list[dict]:

@@ -1,5 +1,6 @@
 import json
 import math
+import re
 import time
 from pathlib import Path
 
@@ -131,6 +132,15 @@ def test_what_differs_is_explained(monkeypatch):
     [wrong] = [row for row in result["table4"]["rows"] if row["note"]]
     assert wrong["row"] == "full, batch 2" and "v100 (32768 MB)" in wrong["note"]
     assert "39 of 40 cells as printed" in as_text(result)
+
+
+def test_the_notes_say_what_the_tables_say():
+    memory = {table: {row: printed()[table][row][1] for row in METHODS} for table in ("table1", "table2")}
+    assert memory["table1"]["partial1"] < memory["table1"]["fixed"]
+    for table, notes in printed()["differences"].items():
+        for row, note in notes.items():
+            megabytes, way, other = re.match(r"printed (\d+) MB (above|below) (\w+)", note).groups()
+            assert memory[table][row] - memory[table][other] == (1 if way == "above" else -1) * int(megabytes)
 
 
 def test_the_jobs_of_all_tables_are_done_once_each():
