@@ -18,7 +18,7 @@ from ..methods.registry import METHODS, options_of, parse_method
 from ..recipes.schema import Recipe
 from ..training.engine import machine
 from .memory import CATEGORIES, PHASES, Ledger
-from .text import percent, text_table
+from .text import percent, setting, text_table
 from .training_step import Step, build_step
 
 MIB = 2**20
@@ -97,7 +97,7 @@ def memory_table(
         if found.allocated is not None:
             row |= {"allocated_mib": round(found.allocated / MIB, 1), "reserved_mib": round(found.reserved / MIB, 1)}
         rows.append(row)
-    share(rows, "peak", "full", "share_of_full")
+    share(rows, "peak", "share_of_full")
     how = "dry run (fake tensors)" if dry_run else f"counted on {device.type}"
     return {"settings": {"measured": how, **_settings(recipe, size, checkpointing, device)}, "rows": rows}
 
@@ -212,11 +212,11 @@ def time_text(table: dict) -> str:
     return "\n".join([_headline(table["settings"]), text_table(header, rows)])
 
 
-def share(rows: list[dict], key: str, of: str, into: str) -> None:
-    """Give every row its share of a method's value, where that method is among the rows."""
-    whole = next((row[key] for row in rows if row["method"] == of), None)
-    for row in rows if whole else ():
-        row[into] = round(row[key] / whole, 4)
+def share(rows: list[dict], key: str, into: str) -> None:
+    """Give every row its share of full fine-tuning's value, where that is among the rows; None where that is zero."""
+    for whole in [row[key] for row in rows if row["method"] == "full"]:
+        for row in rows:
+            row[into] = round(row[key] / whole, 4) if whole else None
 
 
 def _settings(recipe: Recipe, size: tuple[int, int], checkpointing: bool, device: torch.device) -> dict:
@@ -231,10 +231,4 @@ def _settings(recipe: Recipe, size: tuple[int, int], checkpointing: bool, device
 
 
 def _headline(settings: dict) -> str:
-    height, width = settings["size"]
-    kept = ", gradient checkpointing" if settings["checkpointing"] else ""
-    how = settings.get("measured") or f"{settings['rounds']} rounds"
-    return (
-        f"{settings['task']}, {settings['backbone']}, {settings['batch_size']} x {height}x{width}, "
-        f"{settings['precision']}{kept}; {how}, {settings['device']}, {settings['date']}"
-    )
+    return f"{setting(settings)}, {settings['device']}, {settings['date']}"

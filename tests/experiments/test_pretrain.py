@@ -106,6 +106,11 @@ def test_a_state_of_other_photographs_is_refused(run, tmp_path, monkeypatch, fol
         run(tmp_path / "a.safetensors")
     with pytest.raises(InputError, match="sources"):
         run(tmp_path / "a.safetensors", images=folders[:1])
+    state = torch.load(tmp_path / "a.partial")
+    state["weights"] = {f"renamed.{key}": value for key, value in state["weights"].items()}
+    torch.save(state, tmp_path / "a.partial")
+    with pytest.raises(InputError, match="another version"):
+        run(tmp_path / "a.safetensors")
     (tmp_path / "a.partial").write_bytes(b"damaged")
     with pytest.raises(InputError, match="cannot be read"):
         run(tmp_path / "a.safetensors")
