@@ -14,6 +14,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
@@ -47,6 +48,14 @@ FARTHEST_POINT = 1e5  # pixels: pycocotools walks along a polygon's sides, howev
 LARGEST_SIDE = 65535  # pixels, of a JPEG
 
 
+class Layout(NamedTuple):
+    """Where the files are below the root, ``{split}`` standing for the split; and whether masks are read."""
+
+    images: str = "{split}"
+    annotations: str = "annotations/instances_{split}.json"
+    boxes_only: bool = False
+
+
 class COCOInstances(ObjectDataset):
     """Images, boxes and masks of one split of a COCO-shaped folder: an :class:`.detection.ObjectDataset`.
 
@@ -73,8 +82,8 @@ class COCOInstances(ObjectDataset):
         root: Path | str,
         split: str,
         *,
-        images: str = "{split}",
-        annotations: str = "annotations/instances_{split}.json",
+        images: str = Layout().images,
+        annotations: str = Layout().annotations,
         classes: Sequence[str] | None = None,
         train: bool = False,
         strict: bool = False,
@@ -83,9 +92,8 @@ class COCOInstances(ObjectDataset):
         drop_others: bool = False,
         limits: Limits = LIMITS,
     ) -> None:
-        file = _File(Path(root), split, annotations, classes, boxes_only, drop_others, limits)
-        file.walk(Path(root) / images.replace("{split}", split))
-        super().__init__(file, f"'{file.path}'", train, strict, limits, masks=not boxes_only, crop=crop)
+        file = _File(root, split, Layout(images, annotations, boxes_only), limits, classes, drop_others)
+        super().__init__(file, train, strict, masks=not boxes_only, crop=crop)
         self.category_ids = numbers(self.classes, file.ids)
 
     def ground_truth(self) -> dict:
@@ -126,80 +134,65 @@ def numbers(classes: Sequence[str], ids: Mapping[str, int]) -> list[int]:
 
 def find_problems(recipe: COCORecipe | COCOBoxesRecipe, root: Path | str, split: str) -> Findings:
     """See :func:`.detection.find_problems`."""
-    root, limits = Path(root), Limits(recipe.max_megapixels, recipe.max_size)
-    folder = root / recipe.images.replace("{split}", split)
-    boxes_only = isinstance(recipe, COCOBoxesRecipe)
-
-    def walk(classes: Sequence[str] | None, source: str) -> _File:
-        drop_others = recipe.classes is not None
-        file = _File(root, split, recipe.annotations, classes, boxes_only, drop_others, limits, source)
-        file.walk(folder)
-        return file
-
-    def class_names(split: str) -> list[str]:
-        return _File(root, split, recipe.annotations).classes
-
-    findings = find_problems_of(recipe, split, limits, walk, class_names)
-    if findings.contents:
-        findings.contents.without_annotation = _unnamed(root, folder, recipe.annotations, {*findings.contents.images})
-    return findings
-
-
-def _unnamed(root: Path, folder: Path, annotations: str, named: set[Path]) -> list[Path]:
-    """Image files in a folder that none of the annotation files names."""
-    left = {p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p not in named}
-    for path in sorted(root.glob(annotations.replace("{split}", "*"))) if left else ():
-        with contextlib.suppress(InputError):
-            entries = read_content(path)["images"]
-            left -= {folder / str(entry.get("file_name")) for entry in entries if isinstance(entry, dict)}
-    return sorted(left)
+    layout = Layout(recipe.images, recipe.annotations, isinstance(recipe, COCOBoxesRecipe))
+    return find_problems_of(_File, recipe, root, split, layout)
 
 
 class _File(ObjectWalk):
-    """One annotation file: its categories, and after :meth:`walk` its images and objects."""
+    """One annotation file, from the categories to the objects."""
 
-    def __init__(
-        self,
-        root: Path,
-        split: str,
-        annotations: str,
-        classes: Sequence[str] | None = None,
-        boxes_only: bool = False,
-        drop_others: bool = False,
-        limits: Limits = LIMITS,
-        source: str = "as given",
-    ) -> None:
-        self.path = _annotation_file(root, split, annotations)
-        super().__init__(classes, source, drop_others, of=f" for '{self.path}'")
-        self.boxes_only, self.limits = boxes_only, limits
-        self.content = read_content(self.path)
-        self.names = self._categories(self.content["categories"])
+    def __str__(self) -> str:
+        return f"'{self.path}'"
+
+    @property
+    def path(self) -> Path:
+        return self.root / self.layout.annotations.replace("{split}", self.split)
+
+    @property
+    def folder(self) -> Path:
+        return self.root / self.layout.images.replace("{split}", self.split)
+
+    def read(self, find_classes: bool) -> None:
+        if not self.path.is_file():
+            raise self._missing()
+        content = read_content(self.path)
+        self.names = self._categories(content["categories"])
         self.ids = {name: number for number, name in self.names.items()}
-        if classes is None:
+        if find_classes:
             self.classes, self.source = list(self.ids), "categories of the file, by their ids"
-        self.known = set(self.classes)
-
-    def walk(self, folder: Path) -> None:
-        """Read images, which lie in ``folder``, and objects; the content itself is not needed any more then."""
-        images = self._images(self.content["images"], folder)
-        seen: set[int] = set()
-        bar = tqdm(self.content["annotations"], f"check {self.path.name}", unit="object", delay=3)
+        if self.limits is None:
+            return
+        images, seen, known = self._images(content["images"]), set(), set(self.classes)
+        bar = tqdm(content["annotations"], f"check {self.path.name}", unit="object", delay=3)
         for place, entry in enumerate(bar):
-            self._object(place, entry, images, seen)
-        del self.content
+            self._object(place, entry, images, seen, known)
         self.images = list(images.values())
         for image in self.images:
             if not image.things:
                 self.note("images without objects", str(image.path))
-            boxes = ((tuple(thing.bbox), thing.name) for thing in image.things)
-            self.problems += repeated(
-                "objects annotated twice", ((box, f"{image.path}, box {box[0]}") for box in boxes)
-            )
+            boxes = (((*thing.bbox, thing.name), f"{image.path}, box {tuple(thing.bbox)}") for thing in image.things)
+            self.problems += repeated("objects annotated twice", boxes)
         self.problems += repeated("images listed twice", ((image.path, str(image.path)) for image in self.images))
         if not any(image.things for image in self.images):
             self.note("annotation files without objects", str(self.path))
-        if not self.boxes_only and any(reason == EMPTY for _, reason in self.left_out):
+        if not self.layout.boxes_only and any(reason == EMPTY for _, reason in self.left_out):
             self.hint = ": boxes without masks can train a RetinaNet, with 'e3va train coco-boxes'"
+
+    def _missing(self) -> InputError:
+        before, _, after = self.layout.annotations.partition("{split}")
+        near = sorted(self.root.glob(f"{before}*{after}")) if after and self.root.is_dir() else []
+        there = ", ".join(other.relative_to(self.root).as_posix()[len(before) : -len(after)] for other in near)
+        hint = f"choose a split out of {there}" if there else "give a COCO-shaped folder, or its 'annotations'"
+        return InputError(f"there is no '{self.path}': {hint}.")
+
+    def unnamed(self) -> list[Path]:
+        named = {image.path for image in self.images}
+        left = {p for p in self.folder.rglob("*") if p.suffix.lower() in SUFFIXES and p not in named}
+        for path in sorted(self.root.glob(self.layout.annotations.replace("{split}", "*"))) if left else ():
+            with contextlib.suppress(InputError):
+                entries = read_content(path)["images"]
+                left -= {self.folder / str(entry.get("file_name")) for entry in entries if isinstance(entry, dict)}
+        return sorted(left)
 
     def count(self, image: AnnotatedImage) -> int:
         return sum(not thing.hard for thing in image.things)  # a crowd is no single object
@@ -232,14 +225,14 @@ class _File(ObjectWalk):
             raise InputError(f"'{self.path}' has no categories: add them.")
         return dict(sorted(names.items()))
 
-    def _images(self, entries: list, folder: Path) -> dict[int, AnnotatedImage]:
+    def _images(self, entries: list) -> dict[int, AnnotatedImage]:
         """Images by id, as the file lists them."""
         images: dict[int, AnnotatedImage] = {}
         for place, entry in enumerate(entries):
             kinds = {"id": whole, "file_name": _text, "width": _length, "height": _length}
             if values := self._fields("images", place, entry, **kinds):
                 number, name, *size = values
-                path = folder / name
+                path = self.folder / name
                 if number in images:
                     self.refuse("images with an id that another one has", f"id {number}, '{path}'")
                     continue
@@ -255,10 +248,12 @@ class _File(ObjectWalk):
             raise InputError(f"'{self.path}' lists no images: choose another split.")
         return images
 
-    def _object(self, place: int, entry: object, images: dict[int, AnnotatedImage], seen: set[int]) -> None:
-        """Add an object to its image, if both can be used; ``seen`` holds the ids of the objects before."""
+    def _object(
+        self, place: int, entry: object, images: dict[int, AnnotatedImage], seen: set[int], known: set[str]
+    ) -> None:
+        """Add an object to its image; ``seen`` holds the ids of the objects before, ``known`` the classes."""
         kinds = {"id": whole, "image_id": whole, "category_id": whole, "bbox": _box}
-        if not self.boxes_only:
+        if not self.layout.boxes_only:
             kinds["segmentation"] = _shape
         values = self._fields("annotations", place, entry, **kinds)
         if values is None:
@@ -273,12 +268,12 @@ class _File(ObjectWalk):
             self.refuse("annotations of an unknown image", f"{where} (image {image_id})")
         if name is None:
             self.refuse("annotations of an unknown category", f"{where} (category {category_id})")
-        elif name not in self.known and self.drop_others:
+        elif name not in known and self.drop_others:
             self.left_out[name, "other classes"] += 1
-        elif name not in self.known:
-            known = ", ".join(self.classes[:5]) + (", ..." if len(self.classes) > 5 else "")
-            self.refuse("annotations of an unknown class", f"{where} ('{name}'; known are {known})")
-        if image is None or name not in self.known:
+        elif name not in known:
+            first = ", ".join(self.classes[:5]) + (", ..." if len(self.classes) > 5 else "")
+            self.refuse("annotations of an unknown class", f"{where} ('{name}'; known are {first})")
+        if image is None or name not in known:
             return
         where = f"annotation {identity} of {image.path.name}"
         runs = self._runs(*shape, image, where) if shape else None
@@ -293,7 +288,7 @@ class _File(ObjectWalk):
             self.note("annotations without 'area', counted from the mask", where)
         x, y, w, h = bbox
         box, sides = None, (x, y, x + w, y + h)
-        if not crowd or self.boxes_only:
+        if not crowd or self.layout.boxes_only:
             wrong = RELATIVE if is_relative(*bbox, *sides) else ZERO if min(w, h) < SMALLEST_SIDE else ""
             box = self.clean(name, sides, image.size, where, wrong, empty=pixels == 0)
         if crowd:
@@ -346,33 +341,19 @@ class _File(ObjectWalk):
             polygons = [points for points in shape if len(points) >= 6]
             if len(polygons) < len(shape):
                 self.note(SHORT, where)
-            if not polygons:
-                shape = {"size": [height, width], "counts": [width * height]}  # nothing but background
-                return coco_mask.frPyObjects(shape, height, width)["counts"]
-            return coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))["counts"]
+            if polygons:
+                return coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))["counts"]
+            shape = {"size": [height, width], "counts": [width * height]}  # nothing but background
         if not isinstance(shape["size"], list) or [whole(side) for side in shape["size"]] != [height, width]:
             self.refuse("masks of another size than their image", f"{where} {shape['size']}")
             return None
         counts = shape["counts"]
-        lengths = _lengths(counts) if isinstance(counts, str) else [whole(count) for count in counts]
+        runs = lengths(counts) if isinstance(counts, str) else [whole(count) for count in counts]
         # pycocotools would fill what run lengths leave open with whatever lies in memory.
-        if not all(n is not None and n >= 0 for n in lengths) or sum(lengths) != width * height:
+        if not all(n is not None and n >= 0 for n in runs) or sum(runs) != width * height:
             self.refuse("masks whose run lengths do not fill their image", where)
             return None
-        return coco_mask.frPyObjects({"size": [height, width], "counts": lengths}, height, width)["counts"]
-
-
-def _annotation_file(root: Path, split: str, annotations: str) -> Path:
-    path = root / annotations.replace("{split}", split)
-    if not path.is_file():
-        before, _, after = annotations.partition("{split}")
-        near = sorted(root.glob(f"{before}*{after}")) if after and root.is_dir() else []
-        there = [other.relative_to(root).as_posix()[len(before) : -len(after)] for other in near]
-        hint = (
-            f"choose a split out of {', '.join(there)}" if there else "give a COCO-shaped folder, or its 'annotations'"
-        )
-        raise InputError(f"there is no '{path}': {hint}.")
-    return path
+        return coco_mask.frPyObjects({"size": [height, width], "counts": runs}, height, width)["counts"]
 
 
 def read_content(path: Path) -> dict[str, list]:
@@ -427,13 +408,13 @@ def _is_polygon(points: object) -> bool:
     return near and not math.isnan(sum(points))  # nan can hide from min and max
 
 
-def _lengths(counts: str) -> list[int]:
+def lengths(counts: str) -> list[int]:
     """The run lengths in COCO's compressed text; a list that fits no image if it is none.
 
     Five bits of a number per character, the lowest first; 32 says that more follow, 16 in the last one that the number
     is negative. From the fourth number on it is what to add to the last but one.
     """
-    lengths: list[int] = []
+    runs: list[int] = []
     value = shift = 0
     for character in counts:
         bits = ord(character) - 48
@@ -444,6 +425,6 @@ def _lengths(counts: str) -> list[int]:
         if not bits & 32:
             if bits & 16:
                 value -= 1 << shift
-            lengths.append(value + (lengths[-2] if len(lengths) > 2 else 0))
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
             value = shift = 0
-    return lengths if not shift else []
+    return runs if not shift else []

@@ -3,7 +3,7 @@
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -60,36 +60,55 @@ class AnnotatedImage(NamedTuple):
 
 
 class ObjectWalk(Walk):
-    """The images and objects of a split.
+    """The images and objects of a split; each layout has a walk of its own.
 
     Args:
+        root: The folder.
+        split: Its name.
+        layout: Where the files are below the root.
+        limits: Of the images' sizes; None to find out the classes alone.
         classes: As asked for; None for those that the files have.
-        source: Where they come from, in words.
         drop_others: Leave out objects of other classes; else they are errors.
-        of: Whose classes these are, for the error.
+        source: Where the classes come from, in words.
 
     Raises:
-        InputError: For classes that are not given once each.
+        InputError: For a split that is missing or empty, or classes that are not given once each.
     """
 
-    def __init__(self, classes: Sequence[str] | None, source: str, drop_others: bool, of: str = "") -> None:
+    def __init__(
+        self,
+        root: Path | str,
+        split: str,
+        layout: NamedTuple,
+        limits: Limits | None,
+        classes: Sequence[str] | None = None,
+        drop_others: bool = False,
+        source: str = "as given",
+    ) -> None:
         super().__init__()
-        if classes is not None and (len(set(classes)) < len(classes) or not classes):
-            raise InputError(f"classes {', '.join(classes) or '(none)'}{of}: give every class once.")
-        self.classes, self.source, self.drop_others = list(classes or ()), source, drop_others
+        self.root, self.split, self.layout, self.limits = Path(root), split, layout, limits
         self.images: list[AnnotatedImage] = []
         self.left_out: Counter = Counter()  # objects by (class, reason)
         self.groups: set[str] = set()
-        self.without_annotation: list[Path] = []
         self.hint = ""
+        if classes is not None and (len(set(classes)) < len(classes) or not classes):
+            raise InputError(f"classes {', '.join(classes) or '(none)'} for {self}: give every class once.")
+        self.classes, self.source, self.drop_others = list(classes or ()), source, drop_others
+        self.read(find_classes=classes is None)
+
+    def __str__(self) -> str:
+        return f"split '{self.split}' of '{self.root}'"
+
+    def read(self, find_classes: bool) -> None:
+        """Fill the attributes from the files; with ``find_classes``, those of the classes, too."""
+        raise NotImplementedError
 
     def contents(self) -> Contents:
         """What the split holds, after the walk."""
         things = (thing for image in self.images for thing in image.things)
         taught = Counter(thing.name for thing in things if thing.box is not None and not thing.hard)
         paths, groups = [image.path for image in self.images], self.groups & {*self.classes}
-        rest = (self.left_out, groups, self.without_annotation, self.hint)
-        return Contents(paths, self.classes, self.source, taught, *rest)
+        return Contents(paths, self.classes, self.source, taught, self.left_out, groups, hint=self.hint)
 
     def clean(
         self, name: str, sides: Sequence[float], size: tuple[int, int], where: str, wrong: str = "", empty: bool = False
@@ -118,6 +137,10 @@ class ObjectWalk(Walk):
     def short(self, where: str) -> str:
         """A place as a dataset's warning names it."""
         return where
+
+    def unnamed(self) -> list[Path]:
+        """Image files that no annotation names."""
+        raise NotImplementedError
 
     def count(self, image: AnnotatedImage) -> int:
         """The objects that a detector should be able to return for an image."""
@@ -161,23 +184,21 @@ class ObjectDataset(Dataset):
             in the list, nothing to train on; when an item is loaded, for an image that cannot be used.
     """
 
-    def __init__(
-        self, walk: ObjectWalk, where: str, train: bool, strict: bool, limits: Limits, masks: bool, crop: bool
-    ) -> None:
+    def __init__(self, walk: ObjectWalk, train: bool, strict: bool, masks: bool = False, crop: bool = False) -> None:
         if walk.errors:
             raise walk.errors[0]
         # Lists of tuples: tensors would travel to spawned workers as one open file each.
         self.classes, self.images = walk.classes, walk.images
-        self.train, self.limits, self.masks, self.crop = train, limits, masks, crop
+        self.train, self.limits, self.masks, self.crop = train, walk.limits, masks, crop
         notes = counted(walk.problems, WARNED, walk.short)
         if notes and strict:
-            raise InputError(f"in {where}, {'; '.join(notes)}. Correct the files, or go without strict.")
+            raise InputError(f"in {walk}, {'; '.join(notes)}. Correct the files, or go without strict.")
         if dropped := sum(count for (_, reason), count in walk.left_out.items() if reason == "other classes"):
             notes.append(f"objects of other classes, dropped: {dropped}")
         if train:
-            notes += walk.contents().require_something_to_learn(where)
+            notes += walk.contents().require_something_to_learn(str(walk))
         if notes:
-            warnings.warn(f"in {where}, {'; '.join(notes)}", stacklevel=3)
+            warnings.warn(f"in {walk}, {'; '.join(notes)}", stacklevel=3)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -223,30 +244,18 @@ def _masks(things: list[Thing], width: int, height: int) -> np.ndarray:
     return np.ascontiguousarray(decoded.transpose(2, 0, 1))
 
 
-def find_problems(
-    recipe,
-    split: str,
-    limits: Limits,
-    walk: Callable[[Sequence[str] | None, str], ObjectWalk],
-    class_names: Callable[[str], list[str]],
-) -> Findings:
+def find_problems(walk: type[ObjectWalk], recipe, root: Path | str, split: str, layout: NamedTuple) -> Findings:
     """Everything that is wrong with the files of a split, every image read to its end; and what the split holds.
 
     Without ``recipe.classes``, the classes have to be those of the training split.
-
-    Args:
-        recipe: Of a detector.
-        split: Its name.
-        limits: Of the images' sizes.
-        walk: Walks through the split, given classes and where they come from.
-        class_names: The classes of another split; an InputError if it has none.
     """
-    classes, source = recipe.classes, "of the recipe"
-    if classes is None and split != recipe.train_split:
-        with suppress(InputError):  # the training split's own check says what is wrong there
-            classes, source = class_names(recipe.train_split), f"of split '{recipe.train_split}'"
+    classes, source, limits = recipe.classes, "of the recipe", Limits(recipe.max_megapixels, recipe.max_size)
     try:
-        found = walk(classes, source)
+        if classes is None and split != recipe.train_split:
+            with suppress(InputError):  # the training split's own check says what is wrong there
+                taught = walk(root, recipe.train_split, layout, None).classes
+                classes, source = taught or None, f"of split '{recipe.train_split}'"
+        found = walk(root, split, layout, limits, classes, recipe.classes is not None, source)
     except InputError as error:
         return Findings([Problem("splits that cannot be used", str(error), True)])
     for image in tqdm(found.images, f"check {split}", unit="image", delay=3):
@@ -255,7 +264,7 @@ def find_problems(
         with found.refusing():
             header = read_header(image.path, limits, decode=True)
             found.problems += harmless_findings(header)
-            if header.size != image.size and not header.turned(image.size):
+            if image.size not in header.sizes:
                 sizes = "{}x{}, not {}x{}".format(*header.size, *image.size)
                 found.refuse(RESIZED, f"{image.path} ({sizes})")
     most = recipe.detections
@@ -263,4 +272,6 @@ def find_problems(
         if (count := found.count(image)) > most:
             kind = f"images with more objects than the {most} detections that the recipe allows"
             found.note(kind, f"{image.path} ({count}: set detections={count} or more)")
-    return Findings(found.problems, found.contents())
+    contents = found.contents()
+    contents.without_annotation = found.unnamed()
+    return Findings(found.problems, contents)

@@ -1,8 +1,10 @@
 """Image files: found by name, judged and read in the same way for all layouts."""
 
+import glob
 import os
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -44,6 +46,12 @@ class Header(NamedTuple):
         """
         return self.orientation in TURNED and told != self.size and told == self.size[::-1]
 
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """The sizes that an annotation can give: as stored, and the other way round if EXIF says so."""
+        turned = self.size[::-1]
+        return [self.size, turned] if self.turned(turned) else [self.size]
+
 
 def read_header(path: Path, limits: Limits = LIMITS, decode: bool = False) -> Header:
     """Size, mode and orientation of an image that training can use; ``decode`` reads it to its end.
@@ -51,14 +59,11 @@ def read_header(path: Path, limits: Limits = LIMITS, decode: bool = False) -> He
     Raises:
         BadFile: For a file that is missing, damaged, too small, too large or has more than 8 bits per channel.
     """
-
-    def use(image: Image.Image) -> Header:
+    with _opened(path, limits) as image:
         if decode:
             image.load()
             image.convert("RGB")  # as training will
         return _header(path, image)
-
-    return _with_image(path, limits, use)
 
 
 def read_image(path: Path, told: tuple[int, int] | None = None, limits: Limits = LIMITS) -> np.ndarray:
@@ -67,12 +72,9 @@ def read_image(path: Path, told: tuple[int, int] | None = None, limits: Limits =
     Raises:
         BadFile: As :func:`read_header`.
     """
-
-    def use(image: Image.Image) -> np.ndarray:
+    with _opened(path, limits) as image:
         turned = _header(path, image).turned(told)
         return np.array((ImageOps.exif_transpose(image) if turned else image).convert("RGB"))
-
-    return _with_image(path, limits, use)
 
 
 def _header(path: Path, image: Image.Image) -> Header:
@@ -80,7 +82,9 @@ def _header(path: Path, image: Image.Image) -> Header:
     return Header(path, image.size, image.mode, orientation if orientation in range(2, 9) else 1)
 
 
-def _with_image(path: Path, limits: Limits, use: Callable) -> object:
+@contextmanager
+def _opened(path: Path, limits: Limits) -> Iterator[Image.Image]:
+    """An image that training can use; what goes wrong while it is read is a BadFile, too."""
     if not os.path.isfile(path):
         other = _other_format(path)
         if other is not None:
@@ -105,7 +109,7 @@ def _with_image(path: Path, limits: Limits, use: Callable) -> object:
             if image.mode[0] in "IF":  # converting these to RGB would make nearly all of it white
                 message = f"image '{path}' has more than 8 bits per channel: convert it to 8 bits."
                 raise bad_file("images of more than 8 bits per channel", str(path), message)
-            return use(image)
+            yield image
     except BadFile:
         raise
     except UNREADABLE as error:
@@ -118,14 +122,10 @@ def _with_image(path: Path, limits: Limits, use: Callable) -> object:
 def _other_format(path: Path) -> Path | None:
     """A file of that name with a suffix that is not read, such as ``.heic``."""
     try:
-        others = [other for other in path.parent.glob(f"{_escaped(path.stem)}.*") if other.suffix != ".xml"]
+        others = [other for other in path.parent.glob(f"{glob.escape(path.stem)}.*") if other.suffix != ".xml"]
     except (OSError, ValueError):  # a name that no file can have
         return None
     return next((other for other in others if other.suffix.lower() not in SUFFIXES and other.is_file()), None)
-
-
-def _escaped(name: str) -> str:
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
 
 
 def harmless_findings(header: Header) -> list[Problem]:

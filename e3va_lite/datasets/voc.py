@@ -15,6 +15,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from ..errors import InputError, unknown
+from ..recipes.schema import VOCRecipe
 from .check import Findings, bad_file, repeated
 from .detection import (
     NOT_DIFFICULT,
@@ -84,72 +85,51 @@ class VOCDetection(ObjectDataset):
         folders: Folders = DEVKIT,
         limits: Limits = LIMITS,
     ) -> None:
-        walk = _Walk(Path(root), split, folders, limits, classes, drop_others)
-        super().__init__(walk, f"split '{split}' of '{root}'", train, strict, limits, masks=False, crop=False)
+        super().__init__(_Walk(root, split, folders, limits, classes, drop_others), train, strict)
 
 
-def find_problems(recipe, root: Path | str, split: str) -> Findings:
+def find_problems(recipe: VOCRecipe, root: Path | str, split: str) -> Findings:
     """See :func:`.detection.find_problems`."""
     folders = Folders(recipe.images, recipe.annotations, recipe.listing)
-    limits = Limits(recipe.max_megapixels, recipe.max_size)
-
-    def walk(classes: Sequence[str] | None, source: str) -> _Walk:
-        return _Walk(Path(root), split, folders, limits, classes, recipe.classes is not None, source)
-
-    def class_names(split: str) -> list[str]:
-        there = _Walk(Path(root), split, folders, None)  # what cannot be read has no objects
-        if not there.classes:
-            raise there.errors[-1]
-        return there.classes
-
-    return find_problems_of(recipe, split, limits, walk, class_names)
+    return find_problems_of(_Walk, recipe, root, split, folders)
 
 
 # Reading -------------------------------------------------------------------------------------------------------------
 
 
 class _Walk(ObjectWalk):
-    """The files of a split, with ``limits`` of the images; None not to open these, for the names of the classes."""
+    """The XML files and the headers of the images."""
 
-    def __init__(
-        self,
-        root: Path,
-        split: str,
-        folders: Folders,
-        limits: Limits | None,
-        classes: Sequence[str] | None = None,
-        drop_others: bool = False,
-        source: str = "as given",
-    ) -> None:
-        super().__init__(classes, source, drop_others)
-        self.limits = limits
-        listed = _Listed(root, split, folders)
-        self.without_annotation = listed.without_annotation
-        entries = dict.fromkeys(listed.entries)
-        bar = tqdm(entries, f"check {split}", unit="image", delay=3, disable=limits is None)
+    def read(self, find_classes: bool) -> None:
+        self.listed = _Listed(self.root, self.split, self.layout)
+        entries = dict.fromkeys(self.listed.entries)
+        bar = tqdm(entries, f"check {self.split}", unit="image", delay=3, disable=self.limits is None)
         images = [self._image(*entry) for entry in bar]
-        if classes is None:
-            self._find_classes(images, f"split '{split}'", root)
+        if find_classes:
+            self._find_classes(images)
         self.images = [
             image._replace(things=self._known(image.things, xml))
             for image, (*_, xml) in zip(images, entries, strict=True)
         ]
         self.left_out.update((t.name, "difficult") for image in self.images for t in image.things if t.hard)
         if not any(image.things for image in self.images):
-            self.note("splits without objects", f"'{split}'")
-        listings = ((entry, f"'{entry[0]}' in split '{split}'") for entry in listed.entries)
+            self.note("splits without objects", f"'{self.split}'")
+        listings = ((entry, f"'{entry[0]}' in split '{self.split}'") for entry in self.listed.entries)
         self.problems += repeated("images listed twice", listings)
-        for path in listed.with_column:
+        for path in self.listed.with_column:
             self.note("lists with a column of 1, 0 and -1, which is not used", str(path))
+
+    def unnamed(self) -> list[Path]:
+        return self.listed.without_annotation
 
     def short(self, where: str) -> str:
         return Path(where.split(" (")[0]).name
 
-    def _find_classes(self, images: list[AnnotatedImage], split: str, root: Path) -> None:
+    def _find_classes(self, images: list[AnnotatedImage]) -> None:
         found = {thing.name for image in images for thing in image.things} | {name for name, _ in self.left_out}
-        self.classes, self.source = sorted(found), f"found in {split}"
+        self.classes, self.source = sorted(found), f"found in split '{self.split}'"
         if not found:
-            text = f"{split} of '{root}' has no objects to learn the classes from: give classes."
+            text = f"{self} has no objects to learn the classes from: give classes."
             self.refuse("classes that cannot be used", text, text)
         elif found <= set(VOC_CLASSES):
             self.classes, self.source = list(VOC_CLASSES), "Pascal VOC's twenty, since no object has another name"

@@ -16,7 +16,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from e3va_lite.datasets import augment as augmentation
-from e3va_lite.datasets.coco import COCOInstances, _lengths
+from e3va_lite.datasets.coco import COCOInstances, lengths
 from e3va_lite.datasets.shapes import CLASSES, COCO_IDS, write_scenes
 from e3va_lite.errors import InputError
 from e3va_lite.recipes.schema import load_recipe
@@ -118,9 +118,8 @@ def test_compressed_lengths_are_pycocotools_own():
     for _ in range(200):
         mask = (rng.random(rng.integers(1, 60, 2)) < rng.random()).astype(np.uint8)
         counts = coco_mask.encode(np.asfortranarray(mask))["counts"].decode()
-        lengths = _lengths(counts)
-        assert lengths == uncompressed(mask)["counts"] and sum(lengths) == mask.size
-    assert _lengths("P") == _lengths("0\x80") == []  # ends early, is no such text
+        assert lengths(counts) == uncompressed(mask)["counts"] and sum(lengths(counts)) == mask.size
+    assert lengths("P") == lengths("0\x80") == []  # ends early, is no such text
 
 
 def test_own_folders(tmp_path):
