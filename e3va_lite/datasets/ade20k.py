@@ -25,7 +25,7 @@ from tqdm import tqdm
 from ..errors import InputError
 from ..recipes.schema import ADE20KRecipe
 from .check import SMALLEST, UNREADABLE, BadFile, Contents, Findings, Problem, Walk, bad_file
-from .images import SUFFIXES, Limits, files_by_name, harmless_findings, read_header, read_image, read_list
+from .images import SUFFIXES, Limits, files_by_name, folders_of, harmless_findings, read_header, read_image, read_list
 from .mmseg import import_mmseg
 from .values import whole
 
@@ -174,12 +174,7 @@ def find_files(root: Path, split: str, recipe: ADE20KRecipe) -> tuple[list[Pair]
     Raises:
         InputError: If there is no such split, or nothing in it.
     """
-    folders = [_below(root, pattern, split) for pattern in (recipe.images, recipe.masks)]
-    for folder in folders:
-        if not folder.is_dir():
-            there = sorted(path.name for path in folder.parent.glob("*/"))
-            hint = f"there are {', '.join(there)}" if there else "check the root"
-            raise InputError(f"there is no folder '{folder}': {hint}; the recipe's images, masks and splits say which.")
+    folders = folders_of(root, split, recipe.images, recipe.masks)
     suffixes = recipe.image_suffix, recipe.mask_suffix
     found = []
     for folder, suffix in zip(folders, suffixes, strict=True):
@@ -190,9 +185,7 @@ def find_files(root: Path, split: str, recipe: ADE20KRecipe) -> tuple[list[Pair]
     if recipe.listing is None:
         names, source = list(images), folders[0]
     else:
-        source = _below(root, recipe.listing, split)
-        if not source.is_file():
-            raise InputError(f"there is no list '{source}': check the split and the recipe's listing.")
+        source = root / recipe.listing.replace("{split}", split)
         names = list(dict.fromkeys(name.removesuffix(suffixes[0]) for name in read_list(source, images)[0]))
     if not names:
         other = next((path.name for path in sorted(folders[0].rglob("*")) if path.is_file()), None)
@@ -208,10 +201,6 @@ def find_files(root: Path, split: str, recipe: ADE20KRecipe) -> tuple[list[Pair]
     ]
     orphans = [path for name, path in masks.items() if name not in images] if recipe.listing is None else []
     return pairs, orphans
-
-
-def _below(root: Path, pattern: str, split: str) -> Path:
-    return root / pattern.replace("{split}", split)
 
 
 def class_source(root: Path) -> tuple[list[str], str]:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
+from ..errors import InputError
 from .check import SMALLEST, UNREADABLE, BadFile, Problem, bad_file
 
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm")  # in any case
@@ -138,6 +139,21 @@ def harmless_findings(header: Header) -> list[Problem]:
     return problems
 
 
+def folders_of(root: Path, split: str, *patterns: str) -> list[Path]:
+    """Folders below the root, ``{split}`` standing for the split.
+
+    Raises:
+        InputError: If one of them is not there.
+    """
+    folders = [root / pattern.replace("{split}", split) for pattern in patterns]
+    for folder in folders:
+        if not folder.is_dir():
+            there = ", ".join(sorted(path.name for path in folder.parent.glob("*/")))
+            hint = f"there are {there}" if there else "check the root"
+            raise InputError(f"there is no folder '{folder}': {hint}; the recipe's folders and splits say which.")
+    return folders
+
+
 def files_by_name(folder: Path, suffixes: tuple[str, ...] = SUFFIXES) -> dict[str, Path]:
     """Files with one of the suffixes in a folder, also further down, by their path below it without the suffix.
 
@@ -155,7 +171,12 @@ def read_list(path: Path, known: Collection[str]) -> tuple[list[str], bool]:
     """Names of images, one a line, each once or more; and whether the file has the devkit's column of 1, 0 and -1.
 
     A name may have a suffix or folders in front of it, if an image is only ``known`` by the name without them.
+
+    Raises:
+        InputError: If there is no such file.
     """
+    if not path.is_file():
+        raise InputError(f"there is no list '{path}': check the split and the recipe's listing.")
     lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
     lines = [line.strip() for line in lines if line.strip()]
     flagged = [COLUMN.fullmatch(line) for line in lines]

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ..errors import InputError, unknown
 from ..recipes.schema import VOCRecipe
-from .check import Findings, bad_file, repeated
+from .check import BadFile, Findings, bad_file, repeated
 from .detection import (
     NOT_DIFFICULT,
     RELATIVE,
@@ -30,7 +30,7 @@ from .detection import (
     is_relative,
 )
 from .detection import find_problems as find_problems_of
-from .images import LIMITS, Limits, files_by_name, read_header, read_list
+from .images import LIMITS, Limits, files_by_name, folders_of, read_header, read_list
 from .values import number, truth
 
 VOC_CLASSES = (
@@ -90,8 +90,7 @@ class VOCDetection(ObjectDataset):
 
 def find_problems(recipe: VOCRecipe, root: Path | str, split: str) -> Findings:
     """See :func:`.detection.find_problems`."""
-    folders = Folders(recipe.images, recipe.annotations, recipe.listing)
-    return find_problems_of(_Walk, recipe, root, split, folders)
+    return find_problems_of(_Walk, recipe, root, split, Folders(recipe.images, recipe.annotations, recipe.listing))
 
 
 # Reading -------------------------------------------------------------------------------------------------------------
@@ -135,7 +134,7 @@ class _Walk(ObjectWalk):
             self.classes, self.source = list(VOC_CLASSES), "Pascal VOC's twenty, since no object has another name"
 
     def _image(self, name: str, path: Path, annotation: Path) -> AnnotatedImage:
-        tree, header, size, things = None, None, None, []
+        header, tree, size, things = None, ET.Element("annotation"), None, []
         with self.refusing():
             header = read_header(path, self.limits) if self.limits else None
         with self.refusing():
@@ -143,11 +142,11 @@ class _Walk(ObjectWalk):
             if tree.find("object") is None:
                 self.note("images without objects", str(annotation))
         if header is not None:
-            told = None if tree is None else _told_size(tree)
+            told = _told_size(tree)
             size = header.size[::-1] if header.turned(told) else header.size
             if told is not None and told != size:
                 self.note(RESIZED, str(annotation))
-        for place, item in enumerate(() if tree is None else tree.findall("object"), start=1):
+        for place, item in enumerate(tree.findall("object"), start=1):
             where = f"{annotation} (object {place})"
             with self.refusing():
                 things.append((self._thing(item, annotation, where, size), where))
@@ -202,16 +201,9 @@ class _Listed:
         source = None  # of the names
         if self.folders.listing is not None:
             source = root / self.folders.listing.replace("{split}", part)
-            if not source.is_file():
-                raise InputError(f"there is no list '{source}': check the split and the recipe's listing.")
         elif "{split}" not in self.folders.annotations:
             root, source = _devkit_list(root, part)
-        places = tuple(
-            root / pattern.replace("{split}", part) for pattern in (self.folders.images, self.folders.annotations)
-        )
-        for folder, what in zip(places, ("images", "annotations"), strict=True):
-            if not folder.is_dir():
-                raise InputError(f"there is no folder '{folder}': check the root, the split and the recipe's {what}.")
+        places = tuple(folders_of(root, part, self.folders.images, self.folders.annotations))
         if places not in self.seen:
             self.seen[places] = files_by_name(places[0]), files_by_name(places[1], (".xml",))
             images, annotations = self.seen[places]
@@ -268,8 +260,7 @@ def _told_size(tree: ET.Element) -> tuple[float, float] | None:
 def _text(item: ET.Element, field: str, annotation: Path) -> str:
     text = (item.findtext(field) or "").strip()
     if not text:
-        message = f"annotation '{annotation}' has an object without '{field}': add it."
-        raise bad_file("objects without a name or a whole box", message, message)
+        raise _incomplete(f"annotation '{annotation}' has an object without '{field}': add it.")
     return text
 
 
@@ -277,6 +268,9 @@ def _number(item: ET.Element, field: str, annotation: Path) -> float:
     text = _text(item, field, annotation)
     value = number(text)  # some of VOC2011's are not whole
     if value is None:
-        message = f"annotation '{annotation}' has '{text}' as '{field}': put a number there."
-        raise bad_file("objects without a name or a whole box", message, message)
+        raise _incomplete(f"annotation '{annotation}' has '{text}' as '{field}': put a number there.")
     return value
+
+
+def _incomplete(message: str) -> BadFile:
+    return bad_file("objects without a name or a whole box", message, message)
