@@ -24,13 +24,8 @@ from ..recipes.schema import COCOBoxesRecipe, COCORecipe
 from .augment import SMALLEST_SIDE
 from .check import SMALLEST, Findings, repeated
 from .detection import (
-    APART,
-    CORNERS,
     EMPTY,
-    EXCHANGED,
-    NO_CROWD,
     RELATIVE,
-    SHORT,
     SWAPPED,
     ZERO,
     AnnotatedImage,
@@ -46,6 +41,7 @@ from .values import number, truth, whole
 
 FARTHEST_POINT = 1e5  # pixels: pycocotools walks along a polygon's sides, however far away they are
 LARGEST_SIDE = 65535  # pixels, of a JPEG
+CORNERS = "boxes that fit their mask or image only as x1, y1, x2, y2, not as x, y, width, height"
 
 
 class Layout(NamedTuple):
@@ -301,7 +297,8 @@ class _File(ObjectWalk):
         if flag is None:
             self.note("annotations without 'iscrowd', taken for single objects", where)
         elif truth(flag) is None:
-            self.note(NO_CROWD, f"{where} ({flag!r})")
+            kind = "annotations whose 'iscrowd' is neither true nor false, taken for single objects"
+            self.warn(kind, f"{where} ({flag!r})")
         return truth(flag) is True
 
     def _swapped(self, bbox: list[float], where: str) -> list[float]:
@@ -309,7 +306,7 @@ class _File(ObjectWalk):
         x, y, w, h = bbox
         if min(w, h) >= 0:
             return bbox
-        self.note(SWAPPED, where)
+        self.warn(SWAPPED, where)
         return [min(x, x + w), min(y, y + h), abs(w), abs(h)]
 
     def _compare(self, bbox: list[float], runs: bytes | None, size: tuple[int, int], where: str) -> None:
@@ -318,7 +315,7 @@ class _File(ObjectWalk):
         if runs is None:
             width, height = size
             if (x + w > width + 1 or y + h > height + 1) and x < w <= width + 1 and y < h <= height + 1:
-                self.note(CORNERS, where)
+                self.warn(CORNERS, where)
             return
         mask = coco_mask.toBbox(run_lengths(runs, *size)).tolist()
 
@@ -328,11 +325,11 @@ class _File(ObjectWalk):
         if overlap(x, y, w, h) >= 0.5:
             return
         if w > x and h > y and overlap(x, y, w - x, h - y) >= 0.8:
-            self.note(CORNERS, where)
+            self.warn(CORNERS, where)
         elif overlap(y, x, h, w) >= 0.8:
-            self.note(EXCHANGED, where)
+            self.warn("boxes that fit their mask only with x and y exchanged", where)
         elif overlap(x, y, w, h) < 0.1:
-            self.note(APART, where)
+            self.warn("boxes far from their masks", where)
 
     def _runs(self, shape: list | dict, image: AnnotatedImage, where: str) -> bytes | None:
         """A mask as compressed run lengths; None, and a problem, if the segmentation makes no sense."""
@@ -340,7 +337,7 @@ class _File(ObjectWalk):
         if isinstance(shape, list):
             polygons = [points for points in shape if len(points) >= 6]
             if len(polygons) < len(shape):
-                self.note(SHORT, where)
+                self.warn("polygons of fewer than three points, left out", where)
             if polygons:
                 return coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))["counts"]
             shape = {"size": [height, width], "counts": [width * height]}  # nothing but background

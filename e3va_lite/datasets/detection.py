@@ -22,21 +22,9 @@ from .images import Limits, harmless_findings, read_header, read_image
 
 ZERO = "boxes of zero area, dropped"
 RELATIVE = "boxes with coordinates in 0..1 instead of pixels, dropped"
-OUTSIDE = "boxes outside their image, dropped"
 EMPTY = "objects without a pixel in their mask, dropped"
-REACHING = "boxes reaching out of their image, cut"
-SHORT = "polygons of fewer than three points, left out"
 SWAPPED = "boxes with exchanged corners, swapped"
-CORNERS = "boxes that fit their mask or image only as x1, y1, x2, y2, not as x, y, width, height"
-EXCHANGED = "boxes that fit their mask only with x and y exchanged"
-APART = "boxes far from their masks"
 RESIZED = "images of another size than their annotation says"
-NOT_DIFFICULT = "objects whose 'difficult' is neither true nor false, taken for false"
-NO_CROWD = "annotations whose 'iscrowd' is neither true nor false, taken for single objects"
-WARNED = (  # what a dataset warns of
-    *(ZERO, RELATIVE, OUTSIDE, EMPTY, REACHING, SHORT, SWAPPED, CORNERS, EXCHANGED, APART, RESIZED),
-    *(NOT_DIFFICULT, NO_CROWD),
-)
 
 
 class Thing(NamedTuple):
@@ -89,6 +77,7 @@ class ObjectWalk(Walk):
         self.root, self.split, self.layout, self.limits = Path(root), split, layout, limits
         self.images: list[AnnotatedImage] = []
         self.left_out: Counter = Counter()  # objects by (class, reason)
+        self.warned: dict[str, None] = {}  # kinds of problems that a dataset warns of
         self.groups: set[str] = set()
         self.hint = ""
         if classes is not None and (len(set(classes)) < len(classes) or not classes):
@@ -102,6 +91,11 @@ class ObjectWalk(Walk):
     def read(self, find_classes: bool) -> None:
         """Fill the attributes from the files; with ``find_classes``, those of the classes, too."""
         raise NotImplementedError
+
+    def warn(self, kind: str, where: str) -> None:
+        """Add a harmless problem that a dataset warns of."""
+        self.note(kind, where)
+        self.warned[kind] = None
 
     def contents(self) -> Contents:
         """What the split holds, after the walk."""
@@ -125,13 +119,13 @@ class ObjectWalk(Walk):
         """
         box = tuple(float(min(max(side, 0), end)) for side, end in zip(sides, (*size, *size), strict=True))
         outside = min(box[2] - box[0], box[3] - box[1]) < SMALLEST_SIDE
-        wrong = wrong or (OUTSIDE if outside else EMPTY if empty else "")
+        wrong = wrong or ("boxes outside their image, dropped" if outside else EMPTY if empty else "")
         if wrong:
-            self.note(wrong, where)
+            self.warn(wrong, where)
             self.left_out[name, wrong] += 1
             return None
         if max(abs(cut - side) for cut, side in zip(box, sides, strict=True)) >= 1:
-            self.note(REACHING, where)
+            self.warn("boxes reaching out of their image, cut", where)
         return box
 
     def short(self, where: str) -> str:
@@ -190,7 +184,7 @@ class ObjectDataset(Dataset):
         # Lists of tuples: tensors would travel to spawned workers as one open file each.
         self.classes, self.images = walk.classes, walk.images
         self.train, self.limits, self.masks, self.crop = train, walk.limits, masks, crop
-        notes = counted(walk.problems, WARNED, walk.short)
+        notes = counted(walk.problems, walk.warned, walk.short)
         if notes and strict:
             raise InputError(f"in {walk}, {'; '.join(notes)}. Correct the files, or go without strict.")
         if dropped := sum(count for (_, reason), count in walk.left_out.items() if reason == "other classes"):

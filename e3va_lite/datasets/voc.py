@@ -17,18 +17,7 @@ from tqdm import tqdm
 from ..errors import InputError, unknown
 from ..recipes.schema import VOCRecipe
 from .check import BadFile, Findings, bad_file, repeated
-from .detection import (
-    NOT_DIFFICULT,
-    RELATIVE,
-    RESIZED,
-    SWAPPED,
-    ZERO,
-    AnnotatedImage,
-    ObjectDataset,
-    ObjectWalk,
-    Thing,
-    is_relative,
-)
+from .detection import RELATIVE, RESIZED, SWAPPED, ZERO, AnnotatedImage, ObjectDataset, ObjectWalk, Thing, is_relative
 from .detection import find_problems as find_problems_of
 from .images import LIMITS, Limits, files_by_name, folders_of, read_header, read_list
 from .values import number, truth
@@ -145,7 +134,7 @@ class _Walk(ObjectWalk):
             told = _told_size(tree)
             size = header.size[::-1] if header.turned(told) else header.size
             if told is not None and told != size:
-                self.note(RESIZED, str(annotation))
+                self.warn(RESIZED, str(annotation))
         for place, item in enumerate(tree.findall("object"), start=1):
             where = f"{annotation} (object {place})"
             with self.refusing():
@@ -159,11 +148,12 @@ class _Walk(ObjectWalk):
         x1, y1, x2, y2 = (_number(item, f"bndbox/{side}", annotation) for side in ("xmin", "ymin", "xmax", "ymax"))
         name = _text(item, "name", annotation)
         if x1 > x2 or y1 > y2:
-            self.note(SWAPPED, where)
+            self.warn(SWAPPED, where)
             x1, y1, x2, y2 = min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)
         flag = (item.findtext("difficult") or "0").strip() or "0"
         if truth(flag) is None:
-            self.note(NOT_DIFFICULT, f"{where} ('{flag}')")
+            kind = "objects whose 'difficult' is neither true nor false, taken for false"
+            self.warn(kind, f"{where} ('{flag}')")
         sides = (x1 - 1, y1 - 1, x2, y2)
         # A box that is one pixel wide has xmax equal to xmin, but nothing real is: annotators' slips are.
         wrong = RELATIVE if is_relative(x1, y1, x2, y2) else ZERO if x1 == x2 or y1 == y2 else ""
