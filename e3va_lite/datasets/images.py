@@ -150,7 +150,8 @@ def folders_of(root: Path, split: str, *patterns: str) -> list[Path]:
         if not folder.is_dir():
             there = ", ".join(sorted(path.name for path in folder.parent.glob("*/")))
             hint = f"there are {there}" if there else "check the root"
-            raise InputError(f"there is no folder '{folder}': {hint}; the recipe's folders and splits say which.")
+            which = "the splits and --set images=..., and masks=... or annotations=..., say which"
+            raise InputError(f"there is no folder '{folder}': {hint}; {which}.")
     return folders
 
 

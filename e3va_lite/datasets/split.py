@@ -46,7 +46,7 @@ def split_dataset(
         masks = recipe.masks if recipe.task == "ade20k" else recipe.annotations
         suffix = recipe.mask_suffix if recipe.task == "ade20k" else ".xml"
         pattern = recipe.listing or ("{split}.txt" if recipe.task == "ade20k" else "ImageSets/Main/{split}.txt")
-        pictures, annotations = folders_of(root, "", recipe.images, masks)
+        pictures, annotations = folders_of(root, "{split}", recipe.images, masks)
         kinds = (recipe.image_suffix,) if recipe.task == "ade20k" else SUFFIXES
         annotated = files_by_name(annotations, (suffix,))
         images = {name: path for name, path in files_by_name(pictures, kinds).items() if name in annotated}

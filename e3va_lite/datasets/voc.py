@@ -89,8 +89,9 @@ class _Walk(ObjectWalk):
     """The XML files and the headers of the images."""
 
     def read(self, find_classes: bool) -> None:
-        self.listed = _Listed(self.root, self.split, self.layout)
-        entries = dict.fromkeys(self.listed.entries)
+        self.without_annotation: list[Path] = []
+        listed = self._listed()
+        entries = dict.fromkeys(listed)
         bar = tqdm(entries, f"check {self.split}", unit="image", delay=3, disable=self.limits is None)
         images = [self._image(*entry) for entry in bar]
         if find_classes:
@@ -102,13 +103,37 @@ class _Walk(ObjectWalk):
         self.left_out.update((t.name, "difficult") for image in self.images for t in image.things if t.hard)
         if not any(image.things for image in self.images):
             self.note("splits without objects", f"'{self.split}'")
-        listings = ((entry, f"'{entry[0]}' in split '{self.split}'") for entry in self.listed.entries)
-        self.problems += repeated("images listed twice", listings)
-        for path in self.listed.with_column:
-            self.note("lists with a column of 1, 0 and -1, which is not used", str(path))
+        places = ((entry, f"'{entry[0]}' in split '{self.split}'") for entry in listed)
+        self.problems += repeated("images listed twice", places)
+
+    def _listed(self) -> list[tuple[str, Path, Path]]:
+        """Name, image and annotation of the images of the split, as its lists have them."""
+        entries = []
+        seen: dict[tuple[Path, ...], tuple[dict, dict]] = {}  # files by name, of folders that were read before
+        for part in self.split.split("+"):
+            root, source = self.root, None  # of the names
+            if self.layout.listing is not None:
+                source = root / self.layout.listing.replace("{split}", part)
+            elif "{split}" not in self.layout.annotations:
+                root, source = _devkit_list(root, part)
+            places = tuple(folders_of(root, part, self.layout.images, self.layout.annotations))
+            if places not in seen:
+                seen[places] = files_by_name(places[0]), files_by_name(places[1], (".xml",))
+                images, annotations = seen[places]
+                self.without_annotation += [path for name, path in images.items() if name not in annotations]
+            images, annotations = seen[places]
+            names, column = (list(annotations), False) if source is None else read_list(source, images)
+            if column:
+                self.note("lists with a column of 1, 0 and -1, which is not used", str(source))
+            for name in names:
+                xml = annotations.get(name, places[1] / f"{name}.xml")
+                entries.append((name, images.get(name, places[0] / f"{name}.jpg"), xml))
+        if not entries:
+            raise InputError(f"{self} lists no images: choose another split.")
+        return entries
 
     def unnamed(self) -> list[Path]:
-        return self.listed.without_annotation
+        return self.without_annotation
 
     def short(self, where: str) -> str:
         return Path(where.split(" (")[0]).name
@@ -171,40 +196,6 @@ class _Walk(ObjectWalk):
                 where = f"{annotation} ({text})"
                 self.refuse("objects of an unknown class", where, f"'{annotation}': {text}")
         return [thing for thing in things if thing.name in self.classes]
-
-
-class _Listed:
-    """The images of a split: ``entries`` of name, image and annotation, as its lists have them."""
-
-    def __init__(self, root: Path, split: str, folders: Folders) -> None:
-        self.entries: list[tuple[str, Path, Path]] = []
-        self.without_annotation: list[Path] = []
-        self.with_column: list[Path] = []
-        self.folders = folders
-        self.seen: dict[tuple[Path, Path], tuple[dict, dict]] = {}  # files by name, of folders that were read before
-        for part in split.split("+"):
-            self._add(root, part)
-        if not self.entries:
-            raise InputError(f"split '{split}' of '{root}' lists no images: choose another split.")
-
-    def _add(self, root: Path, part: str) -> None:
-        source = None  # of the names
-        if self.folders.listing is not None:
-            source = root / self.folders.listing.replace("{split}", part)
-        elif "{split}" not in self.folders.annotations:
-            root, source = _devkit_list(root, part)
-        places = tuple(folders_of(root, part, self.folders.images, self.folders.annotations))
-        if places not in self.seen:
-            self.seen[places] = files_by_name(places[0]), files_by_name(places[1], (".xml",))
-            images, annotations = self.seen[places]
-            self.without_annotation += [path for name, path in images.items() if name not in annotations]
-        images, annotations = self.seen[places]
-        names, column = (list(annotations), False) if source is None else read_list(source, images)
-        if column:
-            self.with_column.append(source)
-        for name in names:
-            xml = annotations.get(name, places[1] / f"{name}.xml")
-            self.entries.append((name, images.get(name, places[0] / f"{name}.jpg"), xml))
 
 
 def _devkit_list(root: Path, part: str) -> tuple[Path, Path]:
