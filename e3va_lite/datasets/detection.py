@@ -81,7 +81,7 @@ class ObjectWalk(Walk):
         self.groups: set[str] = set()
         self.hint = ""
         if classes is not None and (len(set(classes)) < len(classes) or not classes):
-            raise InputError(f"classes {', '.join(classes) or '(none)'} for {self}: give every class once.")
+            raise InputError(f"classes {', '.join(classes) or '(none)'}: give every class once, for {self}.")
         self.classes, self.source, self.drop_others = list(classes or ()), source, drop_others
         self.read(find_classes=classes is None)
 
