@@ -24,18 +24,8 @@ from tqdm import tqdm
 
 from ..errors import InputError
 from ..recipes.schema import ADE20KRecipe
-from .check import SMALLEST, UNREADABLE, BadFile, Contents, Findings, Problem, bad_file
-from .images import (
-    LIMITS,
-    SUFFIXES,
-    Header,
-    Limits,
-    files_by_name,
-    harmless_findings,
-    read_header,
-    read_image,
-    read_list,
-)
+from .check import SMALLEST, UNREADABLE, BadFile, Contents, Findings, Problem, Walk, bad_file
+from .images import SUFFIXES, Limits, files_by_name, folders_of, harmless_findings, read_header, read_image, read_list
 from .mmseg import import_mmseg
 from .values import whole
 
@@ -131,7 +121,8 @@ class MaskFolder(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict]:
         name, image, mask = self.pairs[index]
-        pixels, labels = read_pair(image, mask, self.labels, self.limits)
+        labels = read_mask(mask, read_header(image, self.limits).sizes, self.labels)
+        pixels = read_image(image, labels.shape[::-1], self.limits)
         # OpenCV has blue first.
         results = {"img": np.ascontiguousarray(pixels[..., ::-1]), "gt_seg_map": labels, "seg_fields": ["gt_seg_map"]}
         for transform in self.augment:
@@ -183,24 +174,19 @@ def find_files(root: Path, split: str, recipe: ADE20KRecipe) -> tuple[list[Pair]
     Raises:
         InputError: If there is no such split, or nothing in it.
     """
-    folders = [_below(root, pattern, split) for pattern in (recipe.images, recipe.masks)]
-    for folder in folders:
-        if not folder.is_dir():
-            there = sorted(path.name for path in folder.parent.glob("*/"))
-            hint = f"there are {', '.join(there)}" if there else "check the root"
-            raise InputError(f"there is no folder '{folder}': {hint}; the recipe's images, masks and splits say which.")
+    folders = folders_of(root, split, recipe.images, recipe.masks)
     suffixes = recipe.image_suffix, recipe.mask_suffix
-    images, masks = (_named(folder, suffix) for folder, suffix in zip(folders, suffixes, strict=True))
-    if folders[0] == folders[1]:  # files with other suffixes are the others
-        images, masks = (files_by_name(folders[0], (suffix,)) for suffix in suffixes)
+    found = []
+    for folder, suffix in zip(folders, suffixes, strict=True):
+        # Pictures may be of another kind, unless the suffix is all that tells images from masks.
+        others = SUFFIXES if suffix.lower() in SUFFIXES and folders[0] != folders[1] else ()
+        found.append(files_by_name(folder, (suffix, *others)))
+    images, masks = found
     if recipe.listing is None:
         names, source = list(images), folders[0]
     else:
-        source = _below(root, recipe.listing, split)
-        if not source.is_file():
-            raise InputError(f"there is no list '{source}': check the split and the recipe's listing.")
-        names = [name.removesuffix(suffixes[0]) for name in read_list(source, images)[0]]
-        names = list(dict.fromkeys(names))
+        source = root / recipe.listing.replace("{split}", split)
+        names = list(dict.fromkeys(name.removesuffix(suffixes[0]) for name in read_list(source, images)[0]))
     if not names:
         other = next((path.name for path in sorted(folders[0].rglob("*")) if path.is_file()), None)
         hint = f" ('{other}' has another)" if other else ""
@@ -215,16 +201,6 @@ def find_files(root: Path, split: str, recipe: ADE20KRecipe) -> tuple[list[Pair]
     ]
     orphans = [path for name, path in masks.items() if name not in images] if recipe.listing is None else []
     return pairs, orphans
-
-
-def _below(root: Path, pattern: str, split: str) -> Path:
-    return root / pattern.replace("{split}", split)
-
-
-def _named(folder: Path, suffix: str) -> dict[str, Path]:
-    """The files with that suffix by name; if it is that of a kind of picture, also files of other kinds."""
-    kinds = (suffix, *SUFFIXES) if suffix.lower() in SUFFIXES else (suffix,)
-    return files_by_name(folder, kinds)
 
 
 def class_source(root: Path) -> tuple[list[str], str]:
@@ -242,11 +218,6 @@ def class_source(root: Path) -> tuple[list[str], str]:
     if colours := read_labelmap(root):
         return list(dict.fromkeys(colours.values())), "of 'labelmap.txt'"
     return list(mmseg.datasets.ADE20KDataset.METAINFO["classes"]), ADE20KS_OWN
-
-
-def class_names(root: Path) -> list[str]:
-    """The classes that a folder names, else ADE20K's 150."""
-    return class_source(root)[0]
 
 
 def read_labelmap(root: Path) -> dict[tuple[int, int, int], str]:
@@ -322,22 +293,6 @@ def _bad(path: Path, kind: str, detail: str, way_out: str) -> BadFile:
     return bad_file(kind, f"{path} ({detail})", f"mask '{path}' {detail}: {way_out}.")
 
 
-def read_pair(image: Path, mask: Path, labels: Labels, limits: Limits = LIMITS) -> tuple[np.ndarray, np.ndarray]:
-    """RGB, uint8 (H, W, 3), and labels, uint8 (H, W).
-
-    Raises:
-        InputError: If one of the two cannot be used.
-    """
-    found = read_mask(mask, possible_sizes(read_header(image, limits)), labels)
-    return read_image(image, found.shape[::-1], limits), found
-
-
-def possible_sizes(header: Header) -> list[tuple[int, int]]:
-    """Width and height that a mask of the image can have: as stored, and the other way round if EXIF says so."""
-    turned = header.size[::-1]
-    return [header.size, turned] if header.turned(turned) else [header.size]
-
-
 def read_mask(path: Path, sizes: list[tuple[int, int]] | None, labels: Labels) -> np.ndarray:
     """Labels, uint8 (H, W).
 
@@ -396,26 +351,22 @@ def find_problems(recipe: ADE20KRecipe, root: Path, split: str) -> Findings:
         labels = Labels(names, recipe, root)
     except InputError as error:
         return Findings([Problem("splits that cannot be used", str(error), True)])
-    problems = [Problem("masks without an image", str(path), False) for path in orphans]
-    taught: Counter = Counter()
+    walk, taught = Walk(), Counter()
+    for path in orphans:
+        walk.note("masks without an image", str(path))
     for _, image, mask in tqdm(pairs, f"check {split}", unit="image", delay=3):
         sizes = None
-        try:
+        with walk.refusing():
             header = read_header(image, image_limits(recipe), decode=True)
-            sizes = possible_sizes(header)
-            problems += harmless_findings(header)
-        except BadFile as error:
-            problems.append(error.problem)
+            sizes = header.sizes
+            walk.problems += harmless_findings(header)
         if not mask.is_file():
-            problems.append(Problem("images without a mask", f"{image} (no {mask})", True))
+            walk.refuse("images without a mask", f"{image} (no {mask})")
             continue
-        try:
-            found = read_mask(mask, sizes, labels)
-        except BadFile as error:
-            problems.append(error.problem)
-        else:
-            shown = labels.names_in(found)
+        with walk.refusing():
+            shown = labels.names_in(read_mask(mask, sizes, labels))
             taught.update(shown)
             if not shown:
-                problems.append(Problem("masks of nothing but void", str(mask), False))
-    return Findings(problems, Contents([pair.image for pair in pairs], labels.classes, source, taught, unit="masks"))
+                walk.note("masks of nothing but void", str(mask))
+    images = [pair.image for pair in pairs]
+    return Findings(walk.problems, Contents(images, labels.classes, source, taught, unit="masks"))

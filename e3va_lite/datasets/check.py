@@ -4,7 +4,8 @@ import difflib
 import hashlib
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -15,10 +16,6 @@ from ..errors import InputError
 
 SMALLEST = 32  # pixels, the coarsest stride of a Swin
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises for broken files
-SMALLEST_SIDE = 0.01  # pixels: a thinner box could lose its width to rounding when its image is resized
-ZERO, OUTSIDE = "boxes of zero area, dropped", "boxes outside their image, dropped"
-REACHING, SWAPPED = "boxes reaching out of their image, cut", "boxes with exchanged corners, swapped"
-RELATIVE = "boxes with coordinates in 0..1 instead of pixels, dropped"
 
 
 class Problem(NamedTuple):
@@ -40,6 +37,37 @@ def bad_file(kind: str, where: str, message: str) -> BadFile:
     error = BadFile(message)  # one argument: worker processes send errors by pickle
     error.problem = Problem(kind, where, True)
     return error
+
+
+class Walk:
+    """One pass over the files of a split, which finds everything that training could stumble over.
+
+    A dataset raises the first of ``errors`` and warns of some of ``problems``; a check lists all of these.
+    """
+
+    def __init__(self) -> None:
+        self.problems: list[Problem] = []
+        self.errors: list[InputError] = []  # those behind the fatal problems
+
+    def note(self, kind: str, where: str) -> None:
+        """Add a harmless problem."""
+        self.problems.append(Problem(kind, where, False))
+
+    def refuse(self, kind: str, where: str, message: str = "") -> None:
+        """Add a fatal problem."""
+        self.problems.append(Problem(kind, where, True))
+        self.errors.append(
+            InputError(message or f"{kind}, first {where}: 'e3va data check' lists all to be corrected.")
+        )
+
+    @contextmanager
+    def refusing(self) -> Iterator[None]:
+        """Go on after a file that cannot be used, which becomes a fatal problem."""
+        try:
+            yield
+        except BadFile as error:
+            self.problems.append(error.problem)
+            self.errors.append(error)
 
 
 @dataclass
@@ -184,25 +212,6 @@ def _alike(counts: Counter) -> list[tuple[str, str]]:
             if plain == other or (slip and difflib.SequenceMatcher(None, plain, other).ratio() > 0.85):
                 pairs.append((rare, common))
     return pairs
-
-
-def is_relative(*sides: float) -> bool:
-    """Whether a box, with its sides as in the file, seems to be given in shares of its image, not in pixels."""
-    return max(sides) <= 1 and not all(float(side).is_integer() for side in sides)
-
-
-def clean_box(sides: tuple[float, ...], size: tuple[int, int], wrong: str) -> tuple[tuple[float, ...] | None, str]:
-    """A box (x1, y1, x2, y2) cut to its image, None if it is to be dropped; and what had to be done, or nothing.
-
-    ``wrong`` says that the box cannot be used, by a reason; else it is empty.
-    """
-    if wrong:
-        return None, wrong
-    box = tuple(float(min(max(side, 0), end)) for side, end in zip(sides, (*size, *size), strict=True))
-    if min(box[2] - box[0], box[3] - box[1]) < SMALLEST_SIDE:
-        return None, OUTSIDE
-    reaching = max(abs(cut - side) for cut, side in zip(box, sides, strict=True)) >= 1
-    return box, REACHING if reaching else ""
 
 
 def counted(problems: list[Problem], kinds: Iterable[str], short: Callable[[str], str] = str) -> list[str]:

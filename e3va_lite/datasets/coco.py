@@ -3,107 +3,61 @@
     ROOT/annotations/instances_SPLIT.json   images, categories and objects with boxes and masks
     ROOT/SPLIT/FILE_NAME                    the images
 
-One walk over the JSON finds everything in it that training could stumble over: a dataset raises an error for the first
-fault that it cannot live with, :func:`find_problems` lists them all. Images are opened when they are loaded; until then
-the JSON's word counts.
+Images are opened when they are loaded; until then the JSON's word counts. What a dataset gives, and what it puts up
+with: see :mod:`.detection`.
 """
 
 import contextlib
-import io
 import itertools
 import json
 import math
 import os
-import warnings
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import torch
 from pycocotools import mask as coco_mask
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
-from torch import Tensor
-from torch.nn import functional as F
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ..errors import InputError
-from .augment import mirror
-from .check import (
-    OUTSIDE,
-    REACHING,
+from ..recipes.schema import COCOBoxesRecipe, COCORecipe
+from .augment import SMALLEST_SIDE
+from .check import SMALLEST, Findings, repeated
+from .detection import (
+    EMPTY,
     RELATIVE,
-    SMALLEST,
-    SMALLEST_SIDE,
     SWAPPED,
     ZERO,
-    BadFile,
-    Contents,
-    Findings,
-    Problem,
-    clean_box,
-    counted,
+    AnnotatedImage,
+    ObjectDataset,
+    ObjectWalk,
+    Thing,
     is_relative,
-    repeated,
+    run_lengths,
 )
-from .images import LIMITS, SUFFIXES, Limits, harmless_findings, read_header, read_image
+from .detection import find_problems as find_problems_of
+from .images import LIMITS, SUFFIXES, Limits
 from .values import number, truth, whole
 
-EMPTY = "objects without a pixel in their mask, dropped"
-SHORT = "polygons of fewer than three points, left out"
-CORNERS = "boxes that fit their mask or image only as x1, y1, x2, y2, not as x, y, width, height"
-EXCHANGED = "boxes that fit their mask only with x and y exchanged"
-APART = "boxes far from their masks"
-UNCLEAR = "annotations whose 'iscrowd' is neither true nor false, taken for single objects"
-WARNED = (ZERO, RELATIVE, OUTSIDE, EMPTY, REACHING, SHORT, SWAPPED, CORNERS, EXCHANGED, APART, UNCLEAR)
 FARTHEST_POINT = 1e5  # pixels: pycocotools walks along a polygon's sides, however far away they are
 LARGEST_SIDE = 65535  # pixels, of a JPEG
-SHORT_SIDES, LONGEST = (400, 500, 600), 4200  # to which an image is resized before it is cropped
-CROP = (384, 600)  # smallest and largest side of a crop
+CORNERS = "boxes that fit their mask or image only as x1, y1, x2, y2, not as x, y, width, height"
 
 
-class _Object(NamedTuple):
-    """One annotation."""
+class Layout(NamedTuple):
+    """Where the files are below the root, ``{split}`` standing for the split; and whether masks are read."""
 
-    label: int  # 1..K
-    crowd: bool
-    bbox: list[float]  # x, y, width, height, as in the file
-    area: float
-    runs: bytes | None  # the mask as compressed run lengths: a tenth of the memory that polygons take as Python lists
-    box: tuple[float, ...] | None  # x1, y1, x2, y2 within the image; None for what had to be dropped
+    images: str = "{split}"
+    annotations: str = "annotations/instances_{split}.json"
+    boxes_only: bool = False
 
 
-class _Image(NamedTuple):
-    """One image and its objects."""
+class COCOInstances(ObjectDataset):
+    """Images, boxes and masks of one split of a COCO-shaped folder: an :class:`.detection.ObjectDataset`.
 
-    id: int
-    path: Path
-    size: tuple[int, int]  # width, height that the JSON says
-    objects: list[_Object]
-
-
-class COCOInstances(Dataset):
-    """Images, boxes and masks of one split of a COCO-shaped folder.
-
-    Item ``i`` is an image, float (3, H, W), RGB in 0..1, and a dict of
-
-    - ``boxes``, float32 (N, 4): ``x1, y1, x2, y2`` in pixels, from the JSON's ``bbox``;
-    - ``labels``, int64 (N,): 1..K, positions in ``classes`` plus one;
-    - ``masks``, uint8 (N, H, W): 1 on the object, else 0;
-    - ``image_id``, the JSON's integer, and ``file``, the image's path as text.
-
-    Crowds are no targets, as is usual in training; the metric knows of them. Boxes of zero area, boxes outside their
-    image and objects with an empty mask are dropped, boxes that reach out are cut, exchanged corners are swapped; one
-    warning counts them, and the boxes that do not fit their masks. The metric asks for all that the file has, as COCO's
-    own tool does. If the JSON gives the size that an image has after EXIF's rotation, the rotation is applied, and if
-    it gives the size of the pixels as stored, it is not.
-
-    With ``boxes_only`` the file needs no masks. Items are then those of
-    :class:`e3va_lite.datasets.voc.VOCDetection`: no ``masks``, and ``difficult``, bool (N,), which is true for crowds;
-    these are left out with ``train``. ``target(i)`` is the target without the image.
+    Boxes are the JSON's ``bbox``, and ``image_id`` is its integer. Crowds are no targets, as is usual in training; the
+    metric knows of them, and asks for all that the file has, as COCO's own tool does. The one warning also counts boxes
+    that do not fit their masks.
 
     Attributes:
         classes: Names, in the order of the labels.
@@ -114,18 +68,9 @@ class COCOInstances(Dataset):
         split: ``train2017``, for example; it stands for ``{split}`` in the next two.
         images: Folder of the images below ``root``; ``file_name`` is looked for in it.
         annotations: The JSON file below ``root``.
-        classes: Names of the categories in the order of the labels. Without: all of the file, by their ids. Give
-            another split ``classes=train_set.classes``.
-        train: Mirror half of the images.
-        strict: Raise an error where there would be the warning.
+        classes: Without: all categories of the file, by their ids.
         crop: With ``train``, crop half of the images too.
         boxes_only: Do without masks.
-        drop_others: Leave out objects of classes that are not in ``classes``, instead of raising an error.
-        limits: Of the images' sizes.
-
-    Raises:
-        InputError: For a file or entry that is missing or cannot be used, or nothing to train on; for an image that is
-            damaged, has more than 8 bits per channel or another size than the JSON says when it is loaded.
     """
 
     def __init__(
@@ -133,8 +78,8 @@ class COCOInstances(Dataset):
         root: Path | str,
         split: str,
         *,
-        images: str = "{split}",
-        annotations: str = "annotations/instances_{split}.json",
+        images: str = Layout().images,
+        annotations: str = Layout().annotations,
         classes: Sequence[str] | None = None,
         train: bool = False,
         strict: bool = False,
@@ -143,289 +88,110 @@ class COCOInstances(Dataset):
         drop_others: bool = False,
         limits: Limits = LIMITS,
     ) -> None:
-        file = _File(Path(root), split, annotations, classes, boxes_only, drop_others, limits)
-        file.walk(Path(root) / images.replace("{split}", split))
-        for problem in file.problems:
-            if problem.fatal:
-                raise InputError(f"{problem.kind}, first {problem.where}: 'e3va data check' lists all to be corrected.")
-        self.classes, self.category_ids = file.classes, file.category_ids()
-        self.train, self.crop, self.boxes_only, self.limits = train, crop, boxes_only, limits
-        self._images = list(file.images.values())
-        notes = counted(file.problems, WARNED)
-        if notes and strict:
-            raise InputError(f"in '{file.path}', {'; '.join(notes)}. Correct the file, or go without strict.")
-        if dropped := sum(count for (_, reason), count in file.left_out.items() if reason == "other classes"):
-            notes.append(f"objects of other classes, dropped: {dropped}")
-        if train:
-            notes += file.contents().require_something_to_learn(f"'{file.path}'")
-        if notes:
-            warnings.warn(f"in '{file.path}', {'; '.join(notes)}", stacklevel=2)
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, dict]:
-        image = self._images[index]
-        pixels = torch.from_numpy(_pixels(image, self.limits)).permute(2, 0, 1).contiguous().float() / 255
-        target = self.target(index)
-        if not self.boxes_only:
-            target["masks"] = torch.from_numpy(_masks(self._targets(image), *image.size))
-        return augment(pixels, target, self.crop) if self.train else (pixels, target)
-
-    def target(self, index: int) -> dict:
-        image = self._images[index]
-        objects = self._targets(image)
-        difficult = {"difficult": torch.tensor([thing.crowd for thing in objects], dtype=torch.bool)}
-        return {
-            "boxes": torch.tensor([thing.box for thing in objects], dtype=torch.float32).reshape(-1, 4),
-            "labels": torch.tensor([thing.label for thing in objects], dtype=torch.int64),
-            **(difficult if self.boxes_only else {}),
-            "image_id": image.id,
-            "file": str(image.path),
-        }
-
-    def _targets(self, image: _Image) -> list[_Object]:
-        crowds = self.boxes_only and not self.train
-        return [thing for thing in image.objects if thing.box is not None and (crowds or not thing.crowd)]
+        file = _File(root, split, Layout(images, annotations, boxes_only), limits, classes, drop_others)
+        super().__init__(file, train, strict, masks=not boxes_only, crop=crop)
+        self.category_ids = numbers(self.classes, file.ids)
 
     def ground_truth(self) -> dict:
         """The split as COCO's own JSON has it, with crowds, for COCO's own tool.
 
         Objects are numbered from 1, since the tool takes an object with the id 0 for "nothing found".
         """
-        numbers = itertools.count(1)
+        categories = dict(zip(self.classes, self.category_ids, strict=True))
+        count = itertools.count(1)
         return {
             "info": {},
-            "images": [{"id": image.id, "width": image.size[0], "height": image.size[1]} for image in self._images],
-            "categories": [{"id": i, "name": name} for i, name in zip(self.category_ids, self.classes, strict=True)],
+            "images": [{"id": image.id, "width": image.size[0], "height": image.size[1]} for image in self.images],
+            "categories": [{"id": i, "name": name} for name, i in categories.items()],
             "annotations": [
                 {
-                    "id": next(numbers),
+                    "id": next(count),
                     "image_id": image.id,
-                    "category_id": self.category_ids[thing.label - 1],
+                    "category_id": categories[thing.name],
                     "bbox": thing.bbox,
                     "area": thing.area,
-                    "iscrowd": int(thing.crowd),
-                    "segmentation": None if thing.runs is None else _rle(thing.runs, *image.size),
+                    "iscrowd": int(thing.hard),
+                    "segmentation": None if thing.runs is None else run_lengths(thing.runs, *image.size),
                 }
-                for image in self._images
-                for thing in image.objects
+                for image in self.images
+                for thing in image.things
             ],
         }
 
 
-def average_precision(dataset: COCOInstances, results: list[dict], kind: str) -> dict:
-    """COCO's metric by COCO's own tool, over exactly the images of the dataset.
-
-    Args:
-        dataset: With the truth.
-        results: In COCO's result format, all images in one list: dicts of ``image_id``, ``category_id`` (the JSON's),
-            ``bbox`` (x, y, width, height), ``score`` and ``segmentation`` (compressed run lengths).
-        kind: ``bbox`` or ``segm``.
-
-    Returns:
-        ``ap``, ``ap50``, ``ap75``, ``ap_small``, ``ap_medium``, ``ap_large``, and ``by_class``, the ap by name; None
-        where there is no object to be found.
-    """
-    if kind == "segm":  # else the tool would take the area of an object, small or large, from its box
-        results = [{key: value for key, value in result.items() if key != "bbox"} for result in results]
-    truth, found = COCO(), COCO()
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth.dataset = dataset.ground_truth()
-        truth.createIndex()
-        if results:  # an empty list is more than loadRes can bear
-            found = truth.loadRes([dict(result) for result in results])
-        run = COCOeval(truth, found, kind)
-        # COCO's metric looks at the best hundred of an image, unless a detector was asked for more.
-        run.params.maxDets[-1] = max(100, *Counter(result["image_id"] for result in results).values(), 0)
-        run.evaluate()
-        run.accumulate()
-        run.summarize()
-    names = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
-    precision = run.eval["precision"][:, :, :, 0, -1]  # (IoU, recall, class) for all areas and 100 detections
-    by_id = dict(zip(run.params.catIds, precision.mean(axis=(0, 1)), strict=True))
-    by_class = {name: _plain(by_id[i]) for name, i in zip(dataset.classes, dataset.category_ids, strict=True)}
-    run.stats[0] = precision[precision > -1].mean() if (precision > -1).any() else -1  # pycocotools has it of 100 only
-    return {**{name: _plain(value) for name, value in zip(names, run.stats, strict=False)}, "by_class": by_class}
-
-
-def _plain(value: float) -> float | None:
-    return None if value < 0 else round(float(value), 4)  # -1 is COCO's "undefined"
-
-
-# Augmentation --------------------------------------------------------------------------------------------------------
-
-
-def augment(image: Tensor, target: dict, crop: bool) -> tuple[Tensor, dict]:
-    """Mirror half of the images; with ``crop``, resize and crop half of them, as DETR does.
-
-    Args:
-        image: (3, H, W).
-        target: With ``boxes`` (N, 4) and ``masks`` (N, H, W).
-    """
-    if torch.rand(()) < 0.5:
-        image, target = mirror(image, target)
-    if crop and torch.rand(()) < 0.5:
-        short = SHORT_SIDES[int(torch.randint(len(SHORT_SIDES), ()))]
-        image, target = _cropped(*_resized(image, target, short))
-    return image, target
-
-
-def _resized(image: Tensor, target: dict, short: int) -> tuple[Tensor, dict]:
-    """To a short side of ``short`` pixels, unless the long one then exceeds the limit; the ratio stays."""
-    height, width = image.shape[-2:]
-    factor = min(short / min(height, width), LONGEST / max(height, width))
-    size = [max(1, round(height * factor)), max(1, round(width * factor))]
-    scale = torch.tensor([size[1] / width, size[0] / height] * 2)
-    return F.interpolate(image[None], size, mode="bilinear", align_corners=False)[0], {
-        **target,
-        "boxes": target["boxes"] * scale,
-        "masks": F.interpolate(target["masks"][:, None], size, mode="nearest-exact")[:, 0],
-    }
-
-
-def _cropped(image: Tensor, target: dict) -> tuple[Tensor, dict]:
-    """A random part of the image, its sides drawn one by one; objects without a pixel in it are gone."""
-    sides, places = [], []
-    for length in image.shape[-2:]:
-        least, most = (min(length, limit) for limit in CROP)
-        sides.append(int(torch.randint(least, most + 1, ())))
-        places.append(int(torch.randint(length - sides[-1] + 1, ())))
-    (height, width), (top, left) = sides, places
-    window = (..., slice(top, top + height), slice(left, left + width))
-    low, high = torch.zeros(4), torch.tensor([width, height] * 2)
-    boxes = (target["boxes"] - torch.tensor([left, top] * 2)).clamp(low, high)
-    masks = target["masks"][window]
-    kept = masks.flatten(1).any(1).bool() & (boxes[:, 2:] - boxes[:, :2] >= SMALLEST_SIDE).all(1)
-    new = {"boxes": boxes[kept], "labels": target["labels"][kept], "masks": masks[kept].contiguous()}
-    return image[window].contiguous(), {**target, **new}
+def numbers(classes: Sequence[str], ids: Mapping[str, int]) -> list[int]:
+    """The ids of classes; one that a file does not have gets a new id, so that it can be detected in vain."""
+    new = itertools.count(max(ids.values(), default=0) + 1)
+    return [ids[name] if name in ids else next(new) for name in classes]
 
 
 # Reading -------------------------------------------------------------------------------------------------------------
 
 
-def find_problems(recipe, root: Path | str, split: str, boxes_only: bool = False) -> Findings:
-    """Everything that is wrong with the files of a split, every image read to its end; and what the split holds.
-
-    Without ``recipe.classes``, the classes have to be those of the training split.
-    """
-    classes, source = recipe.classes, "of the recipe"
-    if classes is None and split != recipe.train_split:
-        with contextlib.suppress(InputError):  # the training split's own check says what is wrong there
-            classes = category_names(root, recipe.train_split, recipe.annotations)
-            source = f"of split '{recipe.train_split}'"
-    limits = Limits(recipe.max_megapixels, recipe.max_size)
-    folder = Path(root) / recipe.images.replace("{split}", split)
-    try:
-        drop_others = recipe.classes is not None
-        file = _File(Path(root), split, recipe.annotations, classes, boxes_only, drop_others, limits)
-        file.walk(folder)
-    except InputError as error:
-        return Findings([Problem("splits that cannot be used", str(error), True)])
-    problems = list(file.problems)
-    for image in tqdm(file.images.values(), f"check {split}", unit="image", delay=3):
-        if os.path.isfile(image.path):  # else it is among the problems already
-            problems += _image_problems(image, limits)
-        if not image.objects:
-            problems.append(Problem("images without objects", str(image.path), False))
-        things = ((tuple(thing.bbox), thing.label) for thing in image.objects)
-        problems += repeated("objects annotated twice", ((thing, f"{image.path}, box {thing[0]}") for thing in things))
-    problems += repeated("images listed twice", ((image.path, str(image.path)) for image in file.images.values()))
-    if not any(image.objects for image in file.images.values()):
-        problems.append(Problem("annotation files without objects", str(file.path), False))
-    contents = file.contents(source if classes is not None else "categories of the file, by their ids")
-    contents.without_annotation = _unnamed(Path(root), folder, recipe.annotations, {*contents.images})
-    return Findings(problems, contents)
+def find_problems(recipe: COCORecipe | COCOBoxesRecipe, root: Path | str, split: str) -> Findings:
+    """See :func:`.detection.find_problems`."""
+    layout = Layout(recipe.images, recipe.annotations, isinstance(recipe, COCOBoxesRecipe))
+    return find_problems_of(_File, recipe, root, split, layout)
 
 
-def _image_problems(image: "_Image", limits: Limits) -> list[Problem]:
-    try:
-        header = read_header(image.path, limits, decode=True)
-    except BadFile as error:
-        return [error.problem]
-    problems = harmless_findings(header)
-    if header.size != image.size and not header.turned(image.size):
-        sizes = "{}x{}, not {}x{}".format(*header.size, *image.size)
-        problems.append(Problem("images of another size than their annotation says", f"{image.path} ({sizes})", True))
-    return problems
+class _File(ObjectWalk):
+    """One annotation file, from the categories to the objects."""
 
+    def __str__(self) -> str:
+        return f"'{self.path}'"
 
-def _unnamed(root: Path, folder: Path, annotations: str, named: set[Path]) -> list[Path]:
-    """Image files in a folder that none of the annotation files names."""
-    left = {p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p not in named}
-    for path in sorted(root.glob(annotations.replace("{split}", "*"))) if left else ():
-        with contextlib.suppress(InputError):
-            entries = read_content(path)["images"]
-            left -= {folder / str(entry.get("file_name")) for entry in entries if isinstance(entry, dict)}
-    return sorted(left)
+    @property
+    def path(self) -> Path:
+        return self.root / self.layout.annotations.replace("{split}", self.split)
 
+    @property
+    def folder(self) -> Path:
+        return self.root / self.layout.images.replace("{split}", self.split)
 
-def category_names(root: Path | str, split: str, annotations: str) -> list[str]:
-    """The classes of a split, without a look at its images and objects.
-
-    Raises:
-        InputError: If there is no such file, or nothing usable in it.
-    """
-    return _File(Path(root), split, annotations, None).classes
-
-
-class _File:
-    """One annotation file, walked through from the categories to the objects; what is wrong lands in ``problems``."""
-
-    def __init__(
-        self,
-        root: Path,
-        split: str,
-        annotations: str,
-        classes: Sequence[str] | None,
-        boxes_only: bool = False,
-        drop_others: bool = False,
-        limits: Limits = LIMITS,
-    ) -> None:
-        self.path = _annotation_file(root, split, annotations)
-        self.boxes_only, self.drop_others, self.limits = boxes_only, drop_others, limits
-        self.problems: list[Problem] = []
-        self.left_out: Counter = Counter()
-        self.groups: set[str] = set()
-        self.content = read_content(self.path)
-        self.names = self._categories(self.content["categories"])
-        self.classes = list(classes) if classes is not None else list(dict.fromkeys(self.names.values()))
-        if len(set(self.classes)) < len(self.classes) or not self.classes:
-            raise InputError(f"classes {', '.join(self.classes) or '(none)'} for '{self.path}': give every class once.")
-        self.labels = {name: label for label, name in enumerate(self.classes, start=1)}
-        self.images: dict[int, _Image] = {}
-        self.seen: set[int] = set()
-
-    def walk(self, folder: Path) -> None:
-        """Read images, which lie in ``folder``, and objects; the content itself is not needed any more then."""
-        self.images = self._images(self.content["images"], folder)
-        bar = tqdm(self.content["annotations"], f"check {self.path.name}", unit="object", delay=3)
+    def read(self, find_classes: bool) -> None:
+        if not self.path.is_file():
+            raise self._missing()
+        content = read_content(self.path)
+        self.names = self._categories(content["categories"])
+        self.ids = {name: number for number, name in self.names.items()}
+        if find_classes:
+            self.classes, self.source = list(self.ids), "categories of the file, by their ids"
+        if self.limits is None:
+            return
+        images, seen, known = self._images(content["images"]), set(), set(self.classes)
+        bar = tqdm(content["annotations"], f"check {self.path.name}", unit="object", delay=3)
         for place, entry in enumerate(bar):
-            self._object(place, entry)
-        del self.content
+            self._object(place, entry, images, seen, known)
+        self.images = list(images.values())
+        for image in self.images:
+            if not image.things:
+                self.note("images without objects", str(image.path))
+            boxes = (((*thing.bbox, thing.name), f"{image.path}, box {tuple(thing.bbox)}") for thing in image.things)
+            self.problems += repeated("objects annotated twice", boxes)
+        self.problems += repeated("images listed twice", ((image.path, str(image.path)) for image in self.images))
+        if not any(image.things for image in self.images):
+            self.note("annotation files without objects", str(self.path))
+        if not self.layout.boxes_only and any(reason == EMPTY for _, reason in self.left_out):
+            self.hint = ": boxes without masks can train a RetinaNet, with 'e3va train coco-boxes'"
 
-    def category_ids(self) -> list[int]:
-        """The ids of ``classes``; one that the file does not have gets a new id, so that it can be detected in vain."""
-        ids = {name: number for number, name in self.names.items()}
-        new = itertools.count(max(ids.values(), default=0) + 1)
-        return [ids[name] if name in ids else next(new) for name in self.classes]
+    def _missing(self) -> InputError:
+        before, _, after = self.layout.annotations.partition("{split}")
+        near = sorted(self.root.glob(f"{before}*{after}")) if after and self.root.is_dir() else []
+        there = ", ".join(other.relative_to(self.root).as_posix()[len(before) : -len(after)] for other in near)
+        hint = f"choose a split out of {there}" if there else "give a COCO-shaped folder, or its 'annotations'"
+        return InputError(f"there is no '{self.path}': {hint}.")
 
-    def contents(self, source: str = "as given") -> Contents:
-        """What the split holds, after the walk."""
-        taught = Counter(
-            self.classes[thing.label - 1]
-            for image in self.images.values()
-            for thing in image.objects
-            if thing.box is not None and not thing.crowd
-        )
-        hint = ""
-        if any(reason == EMPTY for _, reason in self.left_out) and not self.boxes_only:
-            hint = ": boxes without masks can train a RetinaNet, with 'e3va train coco-boxes'"
-        images = [image.path for image in self.images.values()]
-        return Contents(images, self.classes, source, taught, self.left_out, self.groups & {*self.classes}, hint=hint)
+    def unnamed(self) -> list[Path]:
+        named = {image.path for image in self.images}
+        left = {p for p in self.folder.rglob("*") if p.suffix.lower() in SUFFIXES and p not in named}
+        for path in sorted(self.root.glob(self.layout.annotations.replace("{split}", "*"))) if left else ():
+            with contextlib.suppress(InputError):
+                entries = read_content(path)["images"]
+                left -= {self.folder / str(entry.get("file_name")) for entry in entries if isinstance(entry, dict)}
+        return sorted(left)
 
-    def _note(self, kind: str, where: str, fatal: bool = False) -> None:
-        self.problems.append(Problem(kind, where, fatal))
+    def count(self, image: AnnotatedImage) -> int:
+        return sum(not thing.hard for thing in image.things)  # a crowd is no single object
 
     def _fields(self, what: str, place: int, entry: object, **kinds: Callable) -> tuple | None:
         """The values of an entry, each as its kind reads it; None, and a problem, if one cannot be read."""
@@ -435,7 +201,7 @@ class _File:
         name = list(kinds)[values.index(None)]
         number = entry.get("id") if isinstance(entry, dict) else None
         which = f"number {place + 1} of the list" if number is None else f"id {number}"
-        self._note(f"{what} whose '{name}' is missing or unusable", f"{which} in '{self.path}'", True)
+        self.refuse(f"{what} whose '{name}' is missing or unusable", f"{which} in '{self.path}'")
         return None
 
     def _categories(self, entries: list) -> dict[int, str]:
@@ -446,61 +212,64 @@ class _File:
                 number, name = values
                 where = f"id {number}, '{name}', in '{self.path}'"
                 if number in names:
-                    self._note("categories with an id that another one has", where, True)
+                    self.refuse("categories with an id that another one has", where)
                 elif name in names.values():
-                    self._note("categories with a name that another one has", where, True)
+                    self.refuse("categories with a name that another one has", where)
                 names.setdefault(number, name)
                 self.groups.add(str(entry.get("supercategory")))
         if not names:
             raise InputError(f"'{self.path}' has no categories: add them.")
         return dict(sorted(names.items()))
 
-    def _images(self, entries: list, folder: Path) -> dict[int, _Image]:
+    def _images(self, entries: list) -> dict[int, AnnotatedImage]:
         """Images by id, as the file lists them."""
-        images: dict[int, _Image] = {}
+        images: dict[int, AnnotatedImage] = {}
         for place, entry in enumerate(entries):
             kinds = {"id": whole, "file_name": _text, "width": _length, "height": _length}
             if values := self._fields("images", place, entry, **kinds):
                 number, name, *size = values
-                path = folder / name
+                path = self.folder / name
                 if number in images:
-                    self._note("images with an id that another one has", f"id {number}, '{path}'", True)
+                    self.refuse("images with an id that another one has", f"id {number}, '{path}'")
                     continue
-                images[number] = _Image(number, path, tuple(size), [])
+                images[number] = AnnotatedImage(number, path, tuple(size), [])
                 if not os.path.isfile(path):
-                    self._note("missing images", str(path), True)
+                    self.refuse("missing images", str(path))
                 if min(size) < SMALLEST:
                     where = f"{path} ({size[0]}x{size[1]} in '{self.path}')"
-                    self._note(f"images smaller than {SMALLEST}x{SMALLEST}", where, True)
+                    self.refuse(f"images smaller than {SMALLEST}x{SMALLEST}", where)
                 elif max(size) >= self.limits.ratio * min(size):
-                    self._note("images too thin to be resized", f"{path} ({size[0]}x{size[1]})", True)
+                    self.refuse("images too thin to be resized", f"{path} ({size[0]}x{size[1]})")
         if not entries:
             raise InputError(f"'{self.path}' lists no images: choose another split.")
         return images
 
-    def _object(self, place: int, entry: object) -> None:
+    def _object(
+        self, place: int, entry: object, images: dict[int, AnnotatedImage], seen: set[int], known: set[str]
+    ) -> None:
+        """Add an object to its image; ``seen`` holds the ids of the objects before, ``known`` the classes."""
         kinds = {"id": whole, "image_id": whole, "category_id": whole, "bbox": _box}
-        if not self.boxes_only:
+        if not self.layout.boxes_only:
             kinds["segmentation"] = _shape
         values = self._fields("annotations", place, entry, **kinds)
         if values is None:
             return
         identity, image_id, category_id, bbox, *shape = values
         where = f"annotation {identity} in '{self.path}'"
-        if identity in self.seen:
-            self._note("annotations with an id that another one has", where, True)
-        self.seen.add(identity)
-        image, name = self.images.get(image_id), self.names.get(category_id)
+        if identity in seen:
+            self.refuse("annotations with an id that another one has", where)
+        seen.add(identity)
+        image, name = images.get(image_id), self.names.get(category_id)
         if image is None:
-            self._note("annotations of an unknown image", f"{where} (image {image_id})", True)
+            self.refuse("annotations of an unknown image", f"{where} (image {image_id})")
         if name is None:
-            self._note("annotations of an unknown category", f"{where} (category {category_id})", True)
-        elif name not in self.labels and self.drop_others:
+            self.refuse("annotations of an unknown category", f"{where} (category {category_id})")
+        elif name not in known and self.drop_others:
             self.left_out[name, "other classes"] += 1
-        elif name not in self.labels:
-            known = ", ".join(self.classes[:5]) + (", ..." if len(self.classes) > 5 else "")
-            self._note("annotations of an unknown class", f"{where} ('{name}'; known are {known})", True)
-        if image is None or name not in self.labels:
+        elif name not in known:
+            first = ", ".join(self.classes[:5]) + (", ..." if len(self.classes) > 5 else "")
+            self.refuse("annotations of an unknown class", f"{where} ('{name}'; known are {first})")
+        if image is None or name not in known:
             return
         where = f"annotation {identity} of {image.path.name}"
         runs = self._runs(*shape, image, where) if shape else None
@@ -508,27 +277,28 @@ class _File:
             return
         crowd = self._crowd(entry.get("iscrowd"), where)
         bbox = self._swapped(bbox, where)
-        pixels = None if runs is None else int(coco_mask.area(_rle(runs, *image.size)))
+        pixels = None if runs is None else int(coco_mask.area(run_lengths(runs, *image.size)))
         area = number(entry.get("area"))
         if area is None:
             area = float(bbox[2] * bbox[3] if pixels is None else pixels)
-            self._note("annotations without 'area', counted from the mask", where)
-        box = None if crowd and not self.boxes_only else self._inside(name, bbox, pixels, image, where)
+            self.note("annotations without 'area', counted from the mask", where)
+        x, y, w, h = bbox
+        box, sides = None, (x, y, x + w, y + h)
+        if not crowd or self.layout.boxes_only:
+            wrong = RELATIVE if is_relative(*bbox, *sides) else ZERO if min(w, h) < SMALLEST_SIDE else ""
+            box = self.clean(name, sides, image.size, where, wrong, empty=pixels == 0)
         if crowd:
             self.left_out[name, "crowds"] += 1
-        elif pixels and box is not None:
-            self._compare(bbox, runs, image, where)
-        elif self.boxes_only and box is not None:
-            (x, y, w, h), (width, height) = bbox, image.size
-            if (x + w > width + 1 or y + h > height + 1) and x < w <= width + 1 and y < h <= height + 1:
-                self._note(CORNERS, where)
-        image.objects.append(_Object(self.labels[name], crowd, bbox, area, runs, box))
+        elif box is not None:
+            self._compare(bbox, runs, image.size, where)
+        image.things.append(Thing(name, crowd, box, bbox, area, runs))
 
     def _crowd(self, flag: object, where: str) -> bool:
         if flag is None:
-            self._note("annotations without 'iscrowd', taken for single objects", where)
+            self.note("annotations without 'iscrowd', taken for single objects", where)
         elif truth(flag) is None:
-            self._note(UNCLEAR, f"{where} ({flag!r})")
+            kind = "annotations whose 'iscrowd' is neither true nor false, taken for single objects"
+            self.warn(kind, f"{where} ({flag!r})")
         return truth(flag) is True
 
     def _swapped(self, bbox: list[float], where: str) -> list[float]:
@@ -536,29 +306,18 @@ class _File:
         x, y, w, h = bbox
         if min(w, h) >= 0:
             return bbox
-        self._note(SWAPPED, where)
+        self.warn(SWAPPED, where)
         return [min(x, x + w), min(y, y + h), abs(w), abs(h)]
 
-    def _inside(
-        self, name: str, bbox: list[float], pixels: int | None, image: _Image, where: str
-    ) -> tuple[float, ...] | None:
-        """The box as training sees it, if it does."""
+    def _compare(self, bbox: list[float], runs: bytes | None, size: tuple[int, int], where: str) -> None:
+        """Note a box that overlaps little with its mask's or reaches out of its image, and what would make it fit."""
         x, y, w, h = bbox
-        sides = (x, y, x + w, y + h)
-        wrong = ZERO if min(w, h) < SMALLEST_SIDE else ""
-        box, kind = clean_box(sides, image.size, RELATIVE if is_relative(*bbox, *sides) else wrong)
-        if box is not None and pixels == 0:
-            box, kind = None, EMPTY
-        if kind:
-            self._note(kind, where)
-        if box is None:
-            self.left_out[name, kind] += 1
-        return box
-
-    def _compare(self, bbox: list[float], runs: bytes, image: _Image, where: str) -> None:
-        """Note a box that overlaps little with its mask's, and what would make it fit."""
-        x, y, w, h = bbox
-        mask = coco_mask.toBbox(_rle(runs, *image.size)).tolist()
+        if runs is None:
+            width, height = size
+            if (x + w > width + 1 or y + h > height + 1) and x < w <= width + 1 and y < h <= height + 1:
+                self.warn(CORNERS, where)
+            return
+        mask = coco_mask.toBbox(run_lengths(runs, *size)).tolist()
 
         def overlap(*box: float) -> float:
             return float(coco_mask.iou([list(box)], [mask], [0])[0, 0])
@@ -566,46 +325,32 @@ class _File:
         if overlap(x, y, w, h) >= 0.5:
             return
         if w > x and h > y and overlap(x, y, w - x, h - y) >= 0.8:
-            self._note(CORNERS, where)
+            self.warn(CORNERS, where)
         elif overlap(y, x, h, w) >= 0.8:
-            self._note(EXCHANGED, where)
+            self.warn("boxes that fit their mask only with x and y exchanged", where)
         elif overlap(x, y, w, h) < 0.1:
-            self._note(APART, where)
+            self.warn("boxes far from their masks", where)
 
-    def _runs(self, shape: list | dict, image: _Image, where: str) -> bytes | None:
+    def _runs(self, shape: list | dict, image: AnnotatedImage, where: str) -> bytes | None:
         """A mask as compressed run lengths; None, and a problem, if the segmentation makes no sense."""
         width, height = image.size
         if isinstance(shape, list):
             polygons = [points for points in shape if len(points) >= 6]
             if len(polygons) < len(shape):
-                self._note(SHORT, where)
-            if not polygons:
-                shape = {"size": [height, width], "counts": [width * height]}  # nothing but background
-                return coco_mask.frPyObjects(shape, height, width)["counts"]
-            return coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))["counts"]
+                self.warn("polygons of fewer than three points, left out", where)
+            if polygons:
+                return coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))["counts"]
+            shape = {"size": [height, width], "counts": [width * height]}  # nothing but background
         if not isinstance(shape["size"], list) or [whole(side) for side in shape["size"]] != [height, width]:
-            self._note("masks of another size than their image", f"{where} {shape['size']}", True)
+            self.refuse("masks of another size than their image", f"{where} {shape['size']}")
             return None
         counts = shape["counts"]
-        lengths = _lengths(counts) if isinstance(counts, str) else [whole(count) for count in counts]
+        runs = lengths(counts) if isinstance(counts, str) else [whole(count) for count in counts]
         # pycocotools would fill what run lengths leave open with whatever lies in memory.
-        if not all(n is not None and n >= 0 for n in lengths) or sum(lengths) != width * height:
-            self._note("masks whose run lengths do not fill their image", where, True)
+        if not all(n is not None and n >= 0 for n in runs) or sum(runs) != width * height:
+            self.refuse("masks whose run lengths do not fill their image", where)
             return None
-        return coco_mask.frPyObjects({"size": [height, width], "counts": lengths}, height, width)["counts"]
-
-
-def _annotation_file(root: Path, split: str, annotations: str) -> Path:
-    path = root / annotations.replace("{split}", split)
-    if not path.is_file():
-        before, _, after = annotations.partition("{split}")
-        near = sorted(root.glob(f"{before}*{after}")) if after and root.is_dir() else []
-        there = [other.relative_to(root).as_posix()[len(before) : -len(after)] for other in near]
-        hint = (
-            f"choose a split out of {', '.join(there)}" if there else "give a COCO-shaped folder, or its 'annotations'"
-        )
-        raise InputError(f"there is no '{path}': {hint}.")
-    return path
+        return coco_mask.frPyObjects({"size": [height, width], "counts": runs}, height, width)["counts"]
 
 
 def read_content(path: Path) -> dict[str, list]:
@@ -660,13 +405,13 @@ def _is_polygon(points: object) -> bool:
     return near and not math.isnan(sum(points))  # nan can hide from min and max
 
 
-def _lengths(counts: str) -> list[int]:
+def lengths(counts: str) -> list[int]:
     """The run lengths in COCO's compressed text; a list that fits no image if it is none.
 
     Five bits of a number per character, the lowest first; 32 says that more follow, 16 in the last one that the number
     is negative. From the fourth number on it is what to add to the last but one.
     """
-    lengths: list[int] = []
+    runs: list[int] = []
     value = shift = 0
     for character in counts:
         bits = ord(character) - 48
@@ -677,27 +422,6 @@ def _lengths(counts: str) -> list[int]:
         if not bits & 32:
             if bits & 16:
                 value -= 1 << shift
-            lengths.append(value + (lengths[-2] if len(lengths) > 2 else 0))
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
             value = shift = 0
-    return lengths if not shift else []
-
-
-def _rle(runs: bytes, width: int, height: int) -> dict:
-    return {"size": [height, width], "counts": runs}
-
-
-def _masks(objects: list[_Object], width: int, height: int) -> np.ndarray:
-    """uint8 (N, H, W)."""
-    if not objects:
-        return np.zeros((0, height, width), np.uint8)
-    decoded = coco_mask.decode([_rle(thing.runs, width, height) for thing in objects])  # (H, W, N)
-    return np.ascontiguousarray(decoded.transpose(2, 0, 1))
-
-
-def _pixels(image: _Image, limits: Limits) -> np.ndarray:
-    """uint8 (H, W, 3), of the size that the JSON says."""
-    pixels = read_image(image.path, image.size, limits)
-    if pixels.shape[:2] != image.size[::-1]:
-        sizes = "is {}x{}, its annotation says {}x{}".format(*pixels.shape[1::-1], *image.size)
-        raise InputError(f"image '{image.path}' {sizes}: correct one of the two.")
-    return pixels
+    return runs if not shift else []

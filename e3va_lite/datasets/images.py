@@ -1,14 +1,17 @@
 """Image files: found by name, judged and read in the same way for all layouts."""
 
+import glob
 import os
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from ..errors import InputError
 from .check import SMALLEST, UNREADABLE, BadFile, Problem, bad_file
 
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm")  # in any case
@@ -44,6 +47,12 @@ class Header(NamedTuple):
         """
         return self.orientation in TURNED and told != self.size and told == self.size[::-1]
 
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """The sizes that an annotation can give: as stored, and the other way round if EXIF says so."""
+        turned = self.size[::-1]
+        return [self.size, turned] if self.turned(turned) else [self.size]
+
 
 def read_header(path: Path, limits: Limits = LIMITS, decode: bool = False) -> Header:
     """Size, mode and orientation of an image that training can use; ``decode`` reads it to its end.
@@ -51,14 +60,11 @@ def read_header(path: Path, limits: Limits = LIMITS, decode: bool = False) -> He
     Raises:
         BadFile: For a file that is missing, damaged, too small, too large or has more than 8 bits per channel.
     """
-
-    def use(image: Image.Image) -> Header:
+    with _opened(path, limits) as image:
         if decode:
             image.load()
             image.convert("RGB")  # as training will
         return _header(path, image)
-
-    return _with_image(path, limits, use)
 
 
 def read_image(path: Path, told: tuple[int, int] | None = None, limits: Limits = LIMITS) -> np.ndarray:
@@ -67,12 +73,9 @@ def read_image(path: Path, told: tuple[int, int] | None = None, limits: Limits =
     Raises:
         BadFile: As :func:`read_header`.
     """
-
-    def use(image: Image.Image) -> np.ndarray:
+    with _opened(path, limits) as image:
         turned = _header(path, image).turned(told)
         return np.array((ImageOps.exif_transpose(image) if turned else image).convert("RGB"))
-
-    return _with_image(path, limits, use)
 
 
 def _header(path: Path, image: Image.Image) -> Header:
@@ -80,7 +83,9 @@ def _header(path: Path, image: Image.Image) -> Header:
     return Header(path, image.size, image.mode, orientation if orientation in range(2, 9) else 1)
 
 
-def _with_image(path: Path, limits: Limits, use: Callable) -> object:
+@contextmanager
+def _opened(path: Path, limits: Limits) -> Iterator[Image.Image]:
+    """An image that training can use; what goes wrong while it is read is a BadFile, too."""
     if not os.path.isfile(path):
         other = _other_format(path)
         if other is not None:
@@ -105,7 +110,7 @@ def _with_image(path: Path, limits: Limits, use: Callable) -> object:
             if image.mode[0] in "IF":  # converting these to RGB would make nearly all of it white
                 message = f"image '{path}' has more than 8 bits per channel: convert it to 8 bits."
                 raise bad_file("images of more than 8 bits per channel", str(path), message)
-            return use(image)
+            yield image
     except BadFile:
         raise
     except UNREADABLE as error:
@@ -118,14 +123,10 @@ def _with_image(path: Path, limits: Limits, use: Callable) -> object:
 def _other_format(path: Path) -> Path | None:
     """A file of that name with a suffix that is not read, such as ``.heic``."""
     try:
-        others = [other for other in path.parent.glob(f"{_escaped(path.stem)}.*") if other.suffix != ".xml"]
+        others = [other for other in path.parent.glob(f"{glob.escape(path.stem)}.*") if other.suffix != ".xml"]
     except (OSError, ValueError):  # a name that no file can have
         return None
     return next((other for other in others if other.suffix.lower() not in SUFFIXES and other.is_file()), None)
-
-
-def _escaped(name: str) -> str:
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
 
 
 def harmless_findings(header: Header) -> list[Problem]:
@@ -136,6 +137,22 @@ def harmless_findings(header: Header) -> list[Problem]:
     if header.orientation != 1:
         problems.append(Problem("images rotated by EXIF", f"{header.path} (orientation {header.orientation})", False))
     return problems
+
+
+def folders_of(root: Path, split: str, *patterns: str) -> list[Path]:
+    """Folders below the root, ``{split}`` standing for the split.
+
+    Raises:
+        InputError: If one of them is not there.
+    """
+    folders = [root / pattern.replace("{split}", split) for pattern in patterns]
+    for folder in folders:
+        if not folder.is_dir():
+            there = ", ".join(sorted(path.name for path in folder.parent.glob("*/")))
+            hint = f"there are {there}" if there else "check the root"
+            which = "the splits and --set images=..., and masks=... or annotations=..., say which"
+            raise InputError(f"there is no folder '{folder}': {hint}; {which}.")
+    return folders
 
 
 def files_by_name(folder: Path, suffixes: tuple[str, ...] = SUFFIXES) -> dict[str, Path]:
@@ -155,7 +172,12 @@ def read_list(path: Path, known: Collection[str]) -> tuple[list[str], bool]:
     """Names of images, one a line, each once or more; and whether the file has the devkit's column of 1, 0 and -1.
 
     A name may have a suffix or folders in front of it, if an image is only ``known`` by the name without them.
+
+    Raises:
+        InputError: If there is no such file.
     """
+    if not path.is_file():
+        raise InputError(f"there is no list '{path}': check the split and the recipe's listing.")
     lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
     lines = [line.strip() for line in lines if line.strip()]
     flagged = [COLUMN.fullmatch(line) for line in lines]

@@ -6,8 +6,9 @@ A class is a folder that holds images, however deep it lies, and its name is its
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,32 +128,32 @@ def _files_by_class(root: Path) -> dict[str, list[Path]]:
 def _usual_side(paths: Sequence[Path]) -> int:
     """The median of the shorter sides of up to a hundred images spread over all, at most ``MAX_SIDE``."""
     some = paths[:: max(1, len(paths) // 100)]
-    return min(MAX_SIDE, int(np.median([min(_open(path).size) for path in some])))
+    shorter = []
+    for path in some:
+        with _opened(path) as image:
+            shorter.append(min(image.size))
+    return min(MAX_SIDE, int(np.median(shorter)))
 
 
-def _open(path: Path) -> Image.Image:
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """An image; what goes wrong while it is read is an InputError."""
     try:
-        return Image.open(path)
+        with Image.open(path) as image:
+            yield image
     except UNREADABLE as error:
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: Path, error: Exception) -> InputError:
-    return InputError(f"image '{path}' cannot be read ({error}): remove it, or fetch it again.")
+        raise InputError(f"image '{path}' cannot be read ({error}): remove it, or fetch it again.") from error
 
 
 def _decode(paths: Sequence[Path], pixels: np.ndarray, root: Path) -> None:
     side = pixels.shape[-1]
 
     def decode(index: int) -> None:
-        image = _open(paths[index])
-        try:
+        with _opened(paths[index]) as image:
             image.draft("RGB", (side, side))  # JPEG: decode at a fraction of the size where that is enough
-            image = ImageOps.exif_transpose(image).convert("RGB")
-            image = ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC)
-        except UNREADABLE as error:
-            raise _unreadable(paths[index], error) from error
-        pixels[index] = np.asarray(image).transpose(2, 0, 1)
+            upright = ImageOps.exif_transpose(image).convert("RGB")
+            square = ImageOps.fit(upright, (side, side), Image.Resampling.BICUBIC)
+        pixels[index] = np.asarray(square).transpose(2, 0, 1)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside Python's lock
         bar = tqdm(pool.map(decode, range(len(paths))), desc=f"read {root.name}", total=len(paths), leave=False)

@@ -25,6 +25,8 @@ from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
 from ..errors import InputError, unknown
+from ..files import replacing
+from .coco import lengths
 from .silhouettes import OUTLINES, TEXTURES, Rng, fill, place, texture
 
 CLASSES = ("star", "crescent", "arrow", "house", "bolt", "fish")  # the last three are new to a pretrained backbone
@@ -318,9 +320,8 @@ def _prepare(root: Path, request: dict, overwrite: bool) -> bool:
 
 
 def _stamp(root: Path, request: dict, complete: bool) -> None:
-    unfinished = _new(root / "shapes.json.tmp")
-    unfinished.write_text(json.dumps({**request, "complete": complete}, indent=2) + "\n", encoding="utf-8")
-    unfinished.replace(root / "shapes.json")
+    with replacing(_new(root / "shapes.json")) as unfinished:
+        unfinished.write_text(json.dumps({**request, "complete": complete}, indent=2) + "\n", encoding="utf-8")
 
 
 def _new(path: Path) -> Path:
@@ -417,10 +418,8 @@ def _coco_region(visible: np.ndarray, crowd: int) -> dict:
     """Segmentation, area and box of a bool mask (H, W): run lengths for a crowd, else polygons (holes are lost)."""
     height, width = visible.shape
     if crowd:
-        flat = visible.ravel(order="F")  # lengths of the runs of 0, 1, 0, ... down one column after the other
-        changes = np.flatnonzero(flat != np.append(False, flat[:-1]))
-        shape = {"size": [height, width], "counts": np.diff([0, *changes, flat.size]).tolist()}
-        encoded = coco_mask.frPyObjects(shape, height, width)
+        encoded = coco_mask.encode(np.asfortranarray(visible, np.uint8))
+        shape = {"size": [height, width], "counts": lengths(encoded["counts"].decode())}
     else:
         contours = contour_generator(z=np.pad(visible, 1).astype(float), fill_type=FillType.OuterOffset)
         rings = [points[: holes[1] - 1] - 0.5 for points, holes in zip(*contours.filled(0.5, 2), strict=True)]

@@ -10,12 +10,16 @@ from PIL import Image, ImageDraw
 Rng = np.random.Generator
 
 
+def _around(radii: np.ndarray, turn: float = 0.0) -> np.ndarray:
+    """Points at these radii, at equal angles once around; ``turn`` in whole turns."""
+    angles = 2 * np.pi * (np.arange(len(radii)) / len(radii) + turn)
+    return np.stack([radii * np.cos(angles), radii * np.sin(angles)], axis=1)
+
+
 def _regular(corners: int, inner: float = 1.0, turn: float = -0.25) -> np.ndarray:
     """A regular polygon, or with ``inner`` < 1 a star whose every second corner lies at that radius."""
     count = corners if inner == 1.0 else 2 * corners
-    angles = 2 * np.pi * (np.arange(count) / count + turn)
-    radii = np.where(np.arange(count) % 2 == 0, 1.0, inner)
-    return np.stack([radii * np.cos(angles), radii * np.sin(angles)], axis=1)
+    return _around(np.where(np.arange(count) % 2 == 0, 1.0, inner), turn)
 
 
 def _arc(start: float, stop: float, radius: float = 1.0, centre: tuple[float, float] = (0.0, 0.0)) -> np.ndarray:
@@ -28,12 +32,6 @@ def _heart() -> np.ndarray:
     t = np.linspace(0, 2 * np.pi, 40, endpoint=False)
     y = -(13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t))
     return np.stack([16 * np.sin(t) ** 3, y - 2.5], axis=1) / 16
-
-
-def _gear() -> np.ndarray:
-    angles = 2 * np.pi * np.arange(32) / 32
-    radii = np.where(np.arange(32) % 4 < 2, 1.0, 0.7)
-    return np.stack([radii * np.cos(angles), radii * np.sin(angles)], axis=1)
 
 
 def _points(*xy: tuple[float, float]) -> np.ndarray:
@@ -57,7 +55,7 @@ OUTLINES: dict[str, np.ndarray] = {
     "drop": np.concatenate([_arc(-0.08, 0.58, 0.62, (0.0, 0.35)), _points((0, -1))]),
     "dome": _arc(0.5, 1.0) + np.array([0.0, 0.45]),
     "hourglass": _points((-0.8, -1), (0.8, -1), (0.12, 0), (0.8, 1), (-0.8, 1), (-0.12, 0)),
-    "gear": _gear(),
+    "gear": _around(np.where(np.arange(32) % 4 < 2, 1.0, 0.7)),
     "corner": _points((-0.8, -0.9), (-0.2, -0.9), (-0.2, 0.35), (0.85, 0.35), (0.85, 0.9), (-0.8, 0.9)),
     "pentagon": _regular(5),
     # Never seen in pretraining: kept for the downstream scenes.

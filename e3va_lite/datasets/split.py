@@ -7,7 +7,7 @@ import numpy as np
 
 from ..errors import InputError
 from .check import first_of_copies
-from .images import files_by_name
+from .images import SUFFIXES, files_by_name, folders_of
 
 
 def split_dataset(
@@ -46,7 +46,10 @@ def split_dataset(
         masks = recipe.masks if recipe.task == "ade20k" else recipe.annotations
         suffix = recipe.mask_suffix if recipe.task == "ade20k" else ".xml"
         pattern = recipe.listing or ("{split}.txt" if recipe.task == "ade20k" else "ImageSets/Main/{split}.txt")
-        images = _pairs(root / recipe.images, root / masks, getattr(recipe, "image_suffix", None), suffix)
+        pictures, annotations = folders_of(root, "{split}", recipe.images, masks)
+        kinds = (recipe.image_suffix,) if recipe.task == "ade20k" else SUFFIXES
+        annotated = files_by_name(annotations, (suffix,))
+        images = {name: path for name, path in files_by_name(pictures, kinds).items() if name in annotated}
     if "{split}" not in pattern:
         raise InputError(f"'{pattern}' is one file for both splits: put {{split}} into its name.")
     files = [root / pattern.replace("{split}", name) for name in splits]
@@ -71,17 +74,6 @@ def _drawn(images: dict[str, Path], share: float, seed: int) -> tuple[list[str],
     held_out = set(order[: min(max(1, round(share * len(order))), len(order) - 1)])
     names = sorted(groups)
     return [n for n in names if groups[n] not in held_out], [n for n in names if groups[n] in held_out]
-
-
-def _pairs(images: Path, annotations: Path, image_suffix: str | None, suffix: str) -> dict[str, Path]:
-    for folder in (images, annotations):
-        if not folder.is_dir():
-            raise InputError(
-                f"there is no folder '{folder}': --set images=..., and masks=... or annotations=..., say which."
-            )
-    pictures = files_by_name(images, (image_suffix,)) if image_suffix else files_by_name(images)
-    annotated = files_by_name(annotations, (suffix,))
-    return {name: path for name, path in pictures.items() if name in annotated}
 
 
 def _coco(root: Path, source: str | None) -> dict:

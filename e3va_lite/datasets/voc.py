@@ -4,51 +4,28 @@
     ROOT/Annotations/NAME.xml       the objects and their boxes
     ROOT/JPEGImages/NAME.jpg        the image (other suffixes work too)
 
-Other folders can be named instead. One walk over the files finds everything that training could stumble over: a dataset
-raises the first error, :func:`find_problems` lists them all.
+Other folders can be named instead. What a dataset gives, and what it puts up with: see :mod:`.detection`.
 """
 
-import warnings
 import xml.etree.ElementTree as ET
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import torch
-from torch import Tensor
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ..errors import InputError, unknown
-from .augment import mirror
-from .check import (
-    OUTSIDE,
-    REACHING,
-    RELATIVE,
-    SWAPPED,
-    ZERO,
-    BadFile,
-    Contents,
-    Findings,
-    Problem,
-    bad_file,
-    clean_box,
-    counted,
-    is_relative,
-    repeated,
-)
-from .images import LIMITS, Limits, files_by_name, harmless_findings, read_header, read_image, read_list
+from ..recipes.schema import VOCRecipe
+from .check import BadFile, Findings, bad_file, repeated
+from .detection import RELATIVE, RESIZED, SWAPPED, ZERO, AnnotatedImage, ObjectDataset, ObjectWalk, Thing, is_relative
+from .detection import find_problems as find_problems_of
+from .images import LIMITS, Limits, files_by_name, folders_of, read_header, read_list
 from .values import number, truth
 
 VOC_CLASSES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
     *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
 )
-RESIZED = "images of another size than their annotation says"
-UNCLEAR = "objects whose 'difficult' is neither true nor false, taken for false"
-WARNED = (ZERO, RELATIVE, OUTSIDE, REACHING, SWAPPED, RESIZED, UNCLEAR)  # what a dataset warns of
 
 
 class Folders(NamedTuple):
@@ -69,39 +46,20 @@ class Folders(NamedTuple):
 DEVKIT = Folders()
 
 
-class VOCDetection(Dataset):
-    """Images and boxes of one split of a VOC-shaped folder.
+class VOCDetection(ObjectDataset):
+    """Images and boxes of one split of a VOC-shaped folder: an :class:`.detection.ObjectDataset` without masks.
 
-    Item ``i`` is an image, float (3, H, W), RGB in 0..1, and a dict of
-
-    - ``boxes``, float32 (N, 4): ``x1, y1, x2, y2`` in pixels, continuous and half-open. The file's ``xmin, ymin, xmax,
-      ymax`` count pixels from 1 and include the last: they become ``xmin - 1, ymin - 1, xmax, ymax``;
-    - ``labels``, int64 (N,): 1..K, positions in ``classes`` plus one;
-    - ``difficult``, bool (N,);
-    - ``image_id``, the image's name in the split, and ``file``, its path as text.
-
-    ``target(i)`` is the dict alone, without reading the image. Exchanged corners are swapped; boxes of zero area
-    (``xmax`` equal to ``xmin``, or ``ymax`` to ``ymin``) and boxes outside their image are dropped, boxes that reach
-    out of it are cut; one warning counts them, and the images that have another size than their annotation says. An
-    image is turned as its EXIF orientation says only if its annotation gives the size that it then has: VOC's tools
-    ignore EXIF, and their boxes refer to the pixels as stored.
+    The file's ``xmin, ymin, xmax, ymax`` count pixels from 1 and include the last: they become
+    ``xmin - 1, ymin - 1, xmax, ymax``, and a box has zero area if ``xmax`` equals ``xmin``, or ``ymax`` ``ymin``.
+    ``image_id`` is the image's name in the split. The one warning also counts images that have another size than their
+    annotation says.
 
     Args:
         root: A folder with ``ImageSets``, or the folder around it, as VOCdevkit is.
         split: Name of a list in ``ImageSets/Main``. Several are joined by ``+``; a year in front chooses the folder of
             a devkit that holds several, as in ``2007_trainval+2012_trainval``.
-        classes: Their names, in the order of the labels. Without: VOC's twenty if no object has another name, else the
-            names found in this split, sorted. Give another split ``classes=train_set.classes``.
-        strict: Raise an error where there would be the warning.
-        train: Mirror half of the images and leave out difficult objects: the metric does not ask for them.
-        drop_others: Leave out objects of classes that are not in ``classes``, instead of raising an error.
+        classes: Without: VOC's twenty if no object has another name, else the names found in this split, sorted.
         folders: Other places of the files below the root.
-        limits: Of the images' sizes.
-
-    Raises:
-        InputError: For a missing or empty split, a missing or unreadable file, an image smaller than 32 pixels, an
-            incomplete annotation, a class that is not in the list, nothing to train on; for an image that ends early
-            when it is loaded.
     """
 
     def __init__(
@@ -116,276 +74,128 @@ class VOCDetection(Dataset):
         folders: Folders = DEVKIT,
         limits: Limits = LIMITS,
     ) -> None:
-        walk = _Walk(Path(root), split, classes, drop_others, folders, limits)
-        if walk.errors:
-            raise walk.errors[0]
-        self.classes, self.train, self.limits = walk.classes, train, limits
-        # Lists and numpy arrays: tensors would travel to spawned workers as one open file each.
-        self.records = [record.only(~record.difficult) if train else record for record in walk.records]
-        notes = counted(walk.problems, WARNED, lambda where: Path(where.split(" (")[0]).name)
-        if notes and strict:
-            raise InputError(
-                f"in split '{split}' of '{root}', {'; '.join(notes)}. Correct the files, or go without strict."
-            )
-        if dropped := sum(count for (_, reason), count in walk.contents.left_out.items() if reason == "other classes"):
-            notes.append(f"objects of other classes, dropped: {dropped}")
-        if train:
-            notes += walk.contents.require_something_to_learn(f"split '{split}' of '{root}'")
-        if notes:
-            warnings.warn(f"in split '{split}' of '{root}', {'; '.join(notes)}", stacklevel=2)
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, dict]:
-        record = self.records[index]
-        pixels = read_image(record.image, record.size, self.limits)
-        image, target = torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float() / 255, self.target(index)
-        return mirror(image, target) if self.train and torch.rand(()) < 0.5 else (image, target)
-
-    def target(self, index: int) -> dict:
-        record = self.records[index]
-        arrays = {"boxes": record.boxes, "labels": record.labels, "difficult": record.difficult}
-        about = {"image_id": record.name, "file": str(record.image)}
-        return {key: torch.tensor(array) for key, array in arrays.items()} | about
+        super().__init__(_Walk(root, split, folders, limits, classes, drop_others), train, strict)
 
 
-def find_problems(recipe, root: Path | str, split: str) -> Findings:
-    """Everything that is wrong with the files of a split, every image read to its end; and what the split holds.
-
-    Without ``recipe.classes``, the classes have to be those of the training split.
-    """
-    classes, source = recipe.classes, "of the recipe"
-    folders = Folders(recipe.images, recipe.annotations, recipe.listing)
-    limits = Limits(recipe.max_megapixels, recipe.max_size)
-    try:
-        if classes is None and split != recipe.train_split:
-            try:
-                classes = class_names(root, recipe.train_split, folders)
-                source = f"of split '{recipe.train_split}'"
-            except InputError:  # the training split's own check says what is wrong there
-                classes = None
-        walk = _Walk(Path(root), split, classes, recipe.classes is not None, folders, limits, source, decode=True)
-    except InputError as error:
-        return Findings([Problem("splits that cannot be used", str(error), True)])
-    if not any(len(record.names) for record in walk.records):
-        walk.problems.append(Problem("splits without objects", f"'{split}'", False))
-    return Findings(walk.problems, walk.contents)
-
-
-def class_names(root: Path | str, split: str, folders: Folders = DEVKIT) -> list[str]:
-    """The classes of a split's objects, as :class:`VOCDetection` finds them; what cannot be read has none.
-
-    Raises:
-        InputError: For a split that is missing or has no objects.
-    """
-    walk = _Walk(Path(root), split, None, False, folders, None)
-    if not walk.classes:
-        raise walk.errors[-1]
-    return walk.classes
+def find_problems(recipe: VOCRecipe, root: Path | str, split: str) -> Findings:
+    """See :func:`.detection.find_problems`."""
+    return find_problems_of(_Walk, recipe, root, split, Folders(recipe.images, recipe.annotations, recipe.listing))
 
 
 # Reading -------------------------------------------------------------------------------------------------------------
 
 
-class _Record(NamedTuple):
-    """One image of a split and its N objects."""
+class _Walk(ObjectWalk):
+    """The XML files and the headers of the images."""
 
-    name: str
-    image: Path
-    annotation: Path
-    size: tuple[int, int] | None  # width, height of the image, upright where its annotation means that
-    names: np.ndarray  # str (N,)
-    labels: np.ndarray  # int64 (N,), 1..K
-    boxes: np.ndarray  # float32 (N, 4), x1, y1, x2, y2, half-open
-    difficult: np.ndarray  # bool (N,)
+    def read(self, find_classes: bool) -> None:
+        self.without_annotation: list[Path] = []
+        listed = self._listed()
+        entries = dict.fromkeys(listed)
+        bar = tqdm(entries, f"check {self.split}", unit="image", delay=3, disable=self.limits is None)
+        images = [self._image(*entry) for entry in bar]
+        if find_classes:
+            self._find_classes(images)
+        self.images = [
+            image._replace(things=self._known(image.things, xml))
+            for image, (*_, xml) in zip(images, entries, strict=True)
+        ]
+        self.left_out.update((t.name, "difficult") for image in self.images for t in image.things if t.hard)
+        if not any(image.things for image in self.images):
+            self.note("splits without objects", f"'{self.split}'")
+        places = ((entry, f"'{entry[0]}' in split '{self.split}'") for entry in listed)
+        self.problems += repeated("images listed twice", places)
 
-    def only(self, keep: np.ndarray) -> "_Record":
-        arrays = {key: getattr(self, key)[keep] for key in ("names", "labels", "boxes", "difficult")}
-        return self._replace(**arrays)
+    def _listed(self) -> list[tuple[str, Path, Path]]:
+        """Name, image and annotation of the images of the split, as its lists have them."""
+        entries = []
+        seen: dict[tuple[Path, ...], tuple[dict, dict]] = {}  # files by name, of folders that were read before
+        for part in self.split.split("+"):
+            root, source = self.root, None  # of the names
+            if self.layout.listing is not None:
+                source = root / self.layout.listing.replace("{split}", part)
+            elif "{split}" not in self.layout.annotations:
+                root, source = _devkit_list(root, part)
+            places = tuple(folders_of(root, part, self.layout.images, self.layout.annotations))
+            if places not in seen:
+                seen[places] = files_by_name(places[0]), files_by_name(places[1], (".xml",))
+                images, annotations = seen[places]
+                self.without_annotation += [path for name, path in images.items() if name not in annotations]
+            images, annotations = seen[places]
+            names, column = (list(annotations), False) if source is None else read_list(source, images)
+            if column:
+                self.note("lists with a column of 1, 0 and -1, which is not used", str(source))
+            for name in names:
+                xml = annotations.get(name, places[1] / f"{name}.xml")
+                entries.append((name, images.get(name, places[0] / f"{name}.jpg"), xml))
+        if not entries:
+            raise InputError(f"{self} lists no images: choose another split.")
+        return entries
 
+    def unnamed(self) -> list[Path]:
+        return self.without_annotation
 
-class _Walk:
-    """One pass over the files of a split: records, what is wrong, and what the split holds.
+    def short(self, where: str) -> str:
+        return Path(where.split(" (")[0]).name
 
-    Args:
-        limits: Of the images; None not to open them at all, for the names of the classes.
-        source: Where ``classes`` come from, in words.
-        decode: Read images to their end, not only their headers.
-    """
+    def _find_classes(self, images: list[AnnotatedImage]) -> None:
+        found = {thing.name for image in images for thing in image.things} | {name for name, _ in self.left_out}
+        self.classes, self.source = sorted(found), f"found in split '{self.split}'"
+        if not found:
+            text = f"{self} has no objects to learn the classes from: give classes."
+            self.refuse("classes that cannot be used", text, text)
+        elif found <= set(VOC_CLASSES):
+            self.classes, self.source = list(VOC_CLASSES), "Pascal VOC's twenty, since no object has another name"
 
-    def __init__(
-        self,
-        root: Path,
-        split: str,
-        classes: Sequence[str] | None,
-        drop_others: bool,
-        folders: Folders,
-        limits: Limits | None,
-        source: str = "as given",
-        decode: bool = False,
-    ) -> None:
-        self.problems: list[Problem] = []
-        self.errors: list[BadFile] = []  # those behind the fatal problems
-        self.limits, self.decode = limits, decode
-        self.left_out: Counter = Counter()
-        self.listed = _Listed(root, split, folders)
-        if limits is None:
-            bar = dict.fromkeys(self.listed.entries)
-        else:
-            bar = tqdm(dict.fromkeys(self.listed.entries), desc=f"check {split}", unit="image", delay=3)
-        self.records = [self._record(*entry) for entry in bar]
-        found = sorted({str(name) for record in self.records for name in record.names} | {n for n, _ in self.left_out})
-        self.classes = list(found if classes is None else classes)
-        if classes is None:
-            source = f"found in split '{split}'"
-            if not found:
-                text = f"split '{split}' of '{root}' has no objects to learn the classes from: give classes."
-                self._refuse(bad_file("classes that cannot be used", text, text))
-            elif set(found) <= set(VOC_CLASSES):
-                self.classes, source = list(VOC_CLASSES), "Pascal VOC's twenty, since no object has another name"
-        elif len(set(classes)) < len(classes) or not classes:
-            text = f"classes {', '.join(classes) or '(none)'}: give every class once."
-            self._refuse(bad_file("classes that cannot be used", text, text))
-        self.records = [self._labelled(record, drop_others) for record in self.records]
-        easy = (record.only(~record.difficult) for record in self.records)
-        taught = Counter(str(name) for record in easy for name in record.names)
-        for record in self.records:
-            self.left_out.update((str(name), "difficult") for name in record.names[record.difficult])
-        self.contents = Contents(
-            [record.image for record in self.records], self.classes, source, taught, self.left_out,
-            without_annotation=self.listed.without_annotation,
-        )  # fmt: skip
-        self.problems += repeated(
-            "images listed twice", ((entry, f"'{entry[0]}' in split '{split}'") for entry in self.listed.entries)
-        )
-        for path in self.listed.with_column:
-            self.problems.append(Problem("lists with a column of 1, 0 and -1, which is not used", str(path), False))
-
-    def _refuse(self, error: BadFile) -> None:
-        self.errors.append(error)
-        self.problems.append(error.problem)
-
-    def _note(self, kind: str, where: str) -> None:
-        self.problems.append(Problem(kind, where, False))
-
-    def _record(self, name: str, image: Path, annotation: Path) -> _Record:
-        tree, objects, size = ET.Element("annotation"), [], None
-        header = None
-        try:
-            header = read_header(image, self.limits, self.decode) if self.limits else None
-        except BadFile as error:
-            self._refuse(error)
-        try:
+    def _image(self, name: str, path: Path, annotation: Path) -> AnnotatedImage:
+        header, tree, size, things = None, ET.Element("annotation"), None, []
+        with self.refusing():
+            header = read_header(path, self.limits) if self.limits else None
+        with self.refusing():
             tree = _tree(annotation)
-        except BadFile as error:
-            self._refuse(error)
-        else:
             if tree.find("object") is None:
-                self._note("images without objects", str(annotation))
-        for place, item in enumerate(tree.findall("object"), start=1):
-            try:
-                objects.append(self._object(item, annotation, f"{annotation} (object {place})"))
-            except BadFile as error:
-                self._refuse(error)
+                self.note("images without objects", str(annotation))
         if header is not None:
             told = _told_size(tree)
             size = header.size[::-1] if header.turned(told) else header.size
             if told is not None and told != size:
-                self._note(RESIZED, str(annotation))
-            if self.decode:
-                self.problems += harmless_findings(header)
-            self.problems += repeated("objects annotated twice", [(thing[:2], thing[3]) for thing in objects])
-            cut = [(name, self._inside(name, box, size, where), *rest, where) for name, box, *rest, where in objects]
-            objects = [thing for thing in cut if thing[1] is not None]
-        return _Record(
-            name,
-            image,
-            annotation,
-            size,
-            names=np.array([thing[0] for thing in objects], str),
-            labels=np.zeros(len(objects), np.int64),
-            boxes=np.array([thing[1] for thing in objects], np.float32).reshape(-1, 4),
-            difficult=np.array([thing[2] for thing in objects], bool),
-        )
+                self.warn(RESIZED, str(annotation))
+        for place, item in enumerate(tree.findall("object"), start=1):
+            where = f"{annotation} (object {place})"
+            with self.refusing():
+                things.append((self._thing(item, annotation, where, size), where))
+        self.problems += repeated("objects annotated twice", (((t.name, *t.bbox), where) for t, where in things))
+        return AnnotatedImage(name, path, size, [thing for thing, _ in things if thing.box is not None])
 
-    def _object(self, item: ET.Element, annotation: Path, where: str) -> tuple[str, tuple, bool, str]:
-        """Name, box with whole pixels counted from 0, whether it is difficult, and where it stands."""
+    def _thing(self, item: ET.Element, annotation: Path, where: str, size: tuple[int, int] | None) -> Thing:
+        """An object; its box is judged where there is an image to judge it by."""
         # Only direct children: the parts of a person (VOC's "layout" task) have a name and a box of their own.
         x1, y1, x2, y2 = (_number(item, f"bndbox/{side}", annotation) for side in ("xmin", "ymin", "xmax", "ymax"))
         name = _text(item, "name", annotation)
         if x1 > x2 or y1 > y2:
-            self._note(SWAPPED, where)
+            self.warn(SWAPPED, where)
             x1, y1, x2, y2 = min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)
         flag = (item.findtext("difficult") or "0").strip() or "0"
         if truth(flag) is None:
-            self._note(UNCLEAR, f"{where} ('{flag}')")
-        return name, (x1 - 1, y1 - 1, x2, y2), truth(flag) is True, where
+            kind = "objects whose 'difficult' is neither true nor false, taken for false"
+            self.warn(kind, f"{where} ('{flag}')")
+        sides = (x1 - 1, y1 - 1, x2, y2)
+        # A box that is one pixel wide has xmax equal to xmin, but nothing real is: annotators' slips are.
+        wrong = RELATIVE if is_relative(x1, y1, x2, y2) else ZERO if x1 == x2 or y1 == y2 else ""
+        box = sides if size is None else self.clean(name, sides, size, where, wrong)
+        return Thing(name, truth(flag) is True, box, sides)
 
-    def _inside(self, name: str, box: tuple, size: tuple[int, int], where: str) -> tuple | None:
-        """The box within its image, or None if it is to be dropped."""
-        x1, y1, x2, y2 = box
-        # A box that is one pixel wide has x2 = x1 + 1, but nothing real is: annotators' slips are.
-        wrong = ZERO if x2 - x1 <= 1 or y2 - y1 <= 1 else ""
-        cut, kind = clean_box(box, size, RELATIVE if is_relative(x1 + 1, y1 + 1, x2, y2) else wrong)
-        if kind:
-            self._note(kind, where)
-        if cut is None:
-            self.left_out[name, kind] += 1
-        return cut
-
-    def _labelled(self, record: _Record, drop_others: bool) -> _Record:
-        labels = {name: label for label, name in enumerate(self.classes, start=1)}
-        for name in dict.fromkeys(map(str, record.names)):
-            if name not in labels and drop_others:
-                self.left_out[name, "other classes"] += int((record.names == name).sum())
-            elif name not in labels and self.classes:
+    def _known(self, things: list[Thing], annotation: Path) -> list[Thing]:
+        """The objects of the classes; others are left out, or an error for each of their names."""
+        others = [thing.name for thing in things if thing.name not in self.classes]
+        if self.drop_others:
+            self.left_out.update((name, "other classes") for name in others)
+        elif self.classes:
+            for name in dict.fromkeys(others):
                 text = unknown("class", name, self.classes)
-                where = f"{record.annotation} ({text})"
-                self._refuse(bad_file("objects of an unknown class", where, f"'{record.annotation}': {text}"))
-        record = record.only(np.array([name in labels for name in record.names], bool))
-        return record._replace(labels=np.array([labels[str(name)] for name in record.names], np.int64))
-
-
-class _Listed:
-    """The images of a split: ``entries`` of name, image and annotation, as its lists have them."""
-
-    def __init__(self, root: Path, split: str, folders: Folders) -> None:
-        self.entries: list[tuple[str, Path, Path]] = []
-        self.without_annotation: list[Path] = []
-        self.with_column: list[Path] = []
-        self.folders = folders
-        self.seen: dict[tuple[Path, Path], tuple[dict, dict]] = {}  # files by name, of folders that were read before
-        for part in split.split("+"):
-            self._add(root, part)
-        if not self.entries:
-            raise InputError(f"split '{split}' of '{root}' lists no images: choose another split.")
-
-    def _add(self, root: Path, part: str) -> None:
-        source = None  # of the names
-        if self.folders.listing is not None:
-            source = root / self.folders.listing.replace("{split}", part)
-            if not source.is_file():
-                raise InputError(f"there is no list '{source}': check the split and the recipe's listing.")
-        elif "{split}" not in self.folders.annotations:
-            root, source = _devkit_list(root, part)
-        places = tuple(
-            root / pattern.replace("{split}", part) for pattern in (self.folders.images, self.folders.annotations)
-        )
-        for folder, what in zip(places, ("images", "annotations"), strict=True):
-            if not folder.is_dir():
-                raise InputError(f"there is no folder '{folder}': check the root, the split and the recipe's {what}.")
-        if places not in self.seen:
-            self.seen[places] = files_by_name(places[0]), files_by_name(places[1], (".xml",))
-            images, annotations = self.seen[places]
-            self.without_annotation += [path for name, path in images.items() if name not in annotations]
-        images, annotations = self.seen[places]
-        names, column = (list(annotations), False) if source is None else read_list(source, images)
-        if column:
-            self.with_column.append(source)
-        for name in names:
-            xml = annotations.get(name, places[1] / f"{name}.xml")
-            self.entries.append((name, images.get(name, places[0] / f"{name}.jpg"), xml))
+                where = f"{annotation} ({text})"
+                self.refuse("objects of an unknown class", where, f"'{annotation}': {text}")
+        return [thing for thing in things if thing.name in self.classes]
 
 
 def _devkit_list(root: Path, part: str) -> tuple[Path, Path]:
@@ -431,8 +241,7 @@ def _told_size(tree: ET.Element) -> tuple[float, float] | None:
 def _text(item: ET.Element, field: str, annotation: Path) -> str:
     text = (item.findtext(field) or "").strip()
     if not text:
-        message = f"annotation '{annotation}' has an object without '{field}': add it."
-        raise bad_file("objects without a name or a whole box", message, message)
+        raise _incomplete(f"annotation '{annotation}' has an object without '{field}': add it.")
     return text
 
 
@@ -440,6 +249,9 @@ def _number(item: ET.Element, field: str, annotation: Path) -> float:
     text = _text(item, field, annotation)
     value = number(text)  # some of VOC2011's are not whole
     if value is None:
-        message = f"annotation '{annotation}' has '{text}' as '{field}': put a number there."
-        raise bad_file("objects without a name or a whole box", message, message)
+        raise _incomplete(f"annotation '{annotation}' has '{text}' as '{field}': put a number there.")
     return value
+
+
+def _incomplete(message: str) -> BadFile:
+    return bad_file("objects without a name or a whole box", message, message)

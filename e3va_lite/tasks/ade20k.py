@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..datasets.ade20k import VOID, MaskFolder, find_problems
-from ..datasets.check import Findings
+from ..datasets.ade20k import VOID, MaskFolder
+from ..datasets.ade20k import find_problems as check  # noqa: F401  the task's contract
 from ..datasets.mmseg import import_mmseg
 from ..recipes.schema import ADE20KRecipe
 from .upernet import build_upernet
@@ -74,8 +74,3 @@ def summary(records: list[Tensor], dataset: MaskFolder) -> dict:
             for name, iou in zip(dataset.classes, values["IoU"], strict=True)
         },
     }
-
-
-def check(recipe: ADE20KRecipe, root: Path, split: str) -> Findings:
-    """See :func:`e3va_lite.datasets.ade20k.find_problems`."""
-    return find_problems(recipe, root, split)

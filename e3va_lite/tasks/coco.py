@@ -1,8 +1,6 @@
 """Cascade Mask R-CNN on COCO: the paper's Table 2."""
 
-import itertools
 import json
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,26 +9,27 @@ from pycocotools import mask as coco_mask
 from torch import nn
 from torchvision.ops import box_convert
 
-from ..datasets.check import Findings
-from ..datasets.coco import COCOInstances, average_precision, find_problems, read_content
+from ..datasets.coco import COCOInstances, numbers
+from ..datasets.coco import find_problems as check  # noqa: F401  the task's contract
 from ..datasets.images import Limits
-from ..datasets.values import truth
 from ..errors import InputError
 from ..recipes.schema import COCOBoxesRecipe, COCORecipe
-from .registry import Known, too_many_objects
+from .coco_metric import average_precision
+from .registry import Known
 
 METRIC = "box_ap"
 
 
 def dataset(
-    recipe: COCORecipe,
+    recipe: COCORecipe | COCOBoxesRecipe,
     root: Path,
     split: str,
     classes: Sequence[str] | None = None,
     train: bool = False,
     strict: bool = False,
 ) -> COCOInstances:
-    """A split; with ``train``, mirrored and, if the recipe says so, cropped at random."""
+    """A split, without masks for a recipe of boxes; with ``train``, mirrored and, if the recipe says so, cropped."""
+    boxes_only = isinstance(recipe, COCOBoxesRecipe)
     return COCOInstances(
         root,
         split,
@@ -39,7 +38,8 @@ def dataset(
         classes=classes,
         train=train,
         strict=strict,
-        crop=recipe.crop,
+        crop=not boxes_only and recipe.crop,
+        boxes_only=boxes_only,
         drop_others=recipe.classes is not None,
         limits=Limits(recipe.max_megapixels, recipe.max_size),
     )
@@ -92,32 +92,20 @@ def results(prediction: dict, image_id: int | str, category_ids: Sequence[int] |
     return [{"image_id": image_id, **dict(zip(columns, row, strict=True))} for row in rows]
 
 
-def summary(records: list[list[dict]], dataset: COCOInstances, kinds: Sequence[str] = ("bbox", "segm")) -> dict:
-    """COCO's AP of boxes and masks: over all overlaps, at .5 and .75, by size, and of boxes by class."""
+def summary(records: list[list[dict]], dataset: COCOInstances) -> dict:
+    """COCO's AP of boxes and, if there are any, masks: over all overlaps, at .5, at .75, by size; of boxes by class."""
     found = [
         {**result, "category_id": dataset.category_ids[result["category_id"] - 1]}
         for image in records
         for result in image
     ]
-    numbers: dict = {}
-    for kind in kinds:
-        ap = average_precision(dataset, found, kind)
-        by_class = ap.pop("by_class")
-        numbers |= {f"{'box' if kind == 'bbox' else 'mask'}_{key}": value for key, value in ap.items()}
-        numbers.setdefault("by_class", by_class)
-    return {**numbers, "by_class": numbers.pop("by_class")}
-
-
-def check(recipe: COCORecipe | COCOBoxesRecipe, root: Path, split: str, boxes_only: bool = False) -> Findings:
-    """Everything that is wrong with the files of a split, see :func:`e3va_lite.datasets.coco.find_problems`."""
-    findings = find_problems(recipe, root, split, boxes_only)
-    if not any(problem.fatal for problem in findings):
-        content = read_content(Path(root) / recipe.annotations.replace("{split}", split))
-        names = {image["id"]: image["file_name"] for image in content["images"]}
-        objects = (thing for thing in content["annotations"] if thing["image_id"] in names)
-        counts = Counter(names[thing["image_id"]] for thing in objects if not truth(thing.get("iscrowd")))
-        findings += too_many_objects(counts, recipe.detections)
-    return findings
+    boxes = average_precision(dataset, found, "bbox")
+    by_class = boxes.pop("by_class")
+    values = {f"box_{key}": value for key, value in boxes.items()}
+    if dataset.masks:
+        masks = average_precision(dataset, found, "segm")
+        values |= {f"mask_{key}": value for key, value in masks.items() if key != "by_class"}
+    return {**values, "by_class": by_class}
 
 
 def known_images(
@@ -160,9 +148,7 @@ def known_images(
 
 def category_ids(annotations: Path, classes: Sequence[str]) -> list[int]:
     """The numbers that an annotation file gives classes; one that it does not have gets a new number."""
-    ids = {category["name"]: category["id"] for category in _content(annotations)["categories"]}
-    new = itertools.count(max(ids.values(), default=0) + 1)
-    return [ids[name] if name in ids else next(new) for name in classes]
+    return numbers(classes, {category["name"]: category["id"] for category in _content(annotations)["categories"]})
 
 
 def _by_end(entries: dict[str, Known], path: Path) -> Known | None:

@@ -19,7 +19,6 @@ The networks are :mod:`.retinanet` (``voc`` and ``coco-boxes``), :mod:`.cascade_
 :mod:`.upernet` (``ade20k``); what the two detectors share is in :mod:`.detection`.
 """
 
-from collections.abc import Mapping
 from importlib import import_module
 from types import ModuleType
 from typing import NamedTuple
@@ -27,7 +26,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..datasets.check import Problem
 from ..errors import unknown
 
 NAMES = ("voc", "coco", "coco-boxes", "ade20k")
@@ -38,16 +36,6 @@ class Known(NamedTuple):
 
     id: int | None  # None: it is called by its name
     size: tuple[int, int]  # width, height; of the pixels as stored, or as EXIF turns them
-
-
-def too_many_objects(counts: Mapping[str, int], detections: int) -> list[Problem]:
-    """A problem for every image, by its file, with more objects than a detector with that setting returns."""
-    kind = f"images with more objects than the {detections} detections that the recipe allows"
-    return [
-        Problem(kind, f"{file} ({count}: set detections={count} or more)", False)
-        for file, count in counts.items()
-        if count > detections
-    ]
 
 
 def task_module(name: str) -> ModuleType:

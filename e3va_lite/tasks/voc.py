@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import warnings
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,12 +11,13 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ..datasets.check import UNREADABLE, Findings
+from ..datasets.check import UNREADABLE
 from ..datasets.images import Limits
-from ..datasets.voc import Folders, VOCDetection, find_problems
+from ..datasets.voc import Folders, VOCDetection
+from ..datasets.voc import find_problems as check  # noqa: F401  the task's contract
 from ..recipes.schema import COCOBoxesRecipe, VOCRecipe
 from .coco import known_images as coco_known_images
-from .registry import Known, too_many_objects
+from .registry import Known
 from .retinanet import build_retinanet
 from .voc_metric import average_precision
 
@@ -85,18 +85,6 @@ def summary(records: list[tuple[dict, dict]], dataset: VOCDetection) -> dict:
 
 def _plain(value: float) -> float | None:
     return None if math.isnan(value) else round(float(value), 4)
-
-
-def check(recipe: VOCRecipe, root: Path, split: str) -> Findings:
-    """Everything that is wrong with the files of a split, see :func:`e3va_lite.datasets.voc.find_problems`."""
-    findings = find_problems(recipe, root, split)
-    if not any(problem.fatal for problem in findings):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what they would say is among the findings
-            data = dataset(recipe, root, split, findings.contents.classes)
-        targets = map(data.target, range(len(data)))
-        findings += too_many_objects({t["file"]: len(t["boxes"]) for t in targets}, recipe.detections)
-    return findings
 
 
 def known_images(

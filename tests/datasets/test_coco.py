@@ -15,11 +15,12 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from e3va_lite.datasets import coco as module
-from e3va_lite.datasets.coco import COCOInstances, average_precision
+from e3va_lite.datasets import augment as augmentation
+from e3va_lite.datasets.coco import COCOInstances, lengths
 from e3va_lite.datasets.shapes import CLASSES, COCO_IDS, write_scenes
 from e3va_lite.errors import InputError
 from e3va_lite.recipes.schema import load_recipe
+from e3va_lite.tasks.coco_metric import average_precision
 from e3va_lite.tasks.registry import task_module
 from e3va_lite.training.sampling import seeded
 
@@ -117,9 +118,8 @@ def test_compressed_lengths_are_pycocotools_own():
     for _ in range(200):
         mask = (rng.random(rng.integers(1, 60, 2)) < rng.random()).astype(np.uint8)
         counts = coco_mask.encode(np.asfortranarray(mask))["counts"].decode()
-        lengths = module._lengths(counts)
-        assert lengths == uncompressed(mask)["counts"] and sum(lengths) == mask.size
-    assert module._lengths("P") == module._lengths("0\x80") == []  # ends early, is no such text
+        assert lengths(counts) == uncompressed(mask)["counts"] and sum(lengths(counts)) == mask.size
+    assert lengths("P") == lengths("0\x80") == []  # ends early, is no such text
 
 
 def test_own_folders(tmp_path):
@@ -305,7 +305,7 @@ def test_objects_without_a_pixel_in_the_crop_are_gone():
     counts = []
     for seed in range(30):
         torch.manual_seed(seed)
-        _, target = module._cropped(
+        _, target = augmentation._cropped(
             torch.zeros(3, 600, 600), {"boxes": boxes, "labels": torch.tensor([1, 2]), "masks": masks}
         )
         assert 2 not in target["labels"] and len(target["boxes"]) == len(target["masks"]) == target["masks"].sum()
@@ -320,7 +320,7 @@ def test_crops_of_small_long_and_empty_images(size, largest):
     target = {**empty, "masks": torch.zeros(0, height, width, dtype=torch.uint8), "image_id": 3}
     for seed in range(30):
         torch.manual_seed(seed)
-        image, cropped = module.augment(torch.rand(3, height, width), target, crop=True)
+        image, cropped = augmentation.augment(torch.rand(3, height, width), target, crop=True)
         assert cropped["masks"].shape == (0, *image.shape[-2:]) and cropped["boxes"].shape == (0, 4)
         assert cropped["image_id"] == 3
         if image.shape != (3, height, width):
@@ -331,10 +331,10 @@ def test_crop_sizes_reach_their_limits(monkeypatch):
     """Sides are drawn from 384 to 600, both included, and never exceed the image."""
     sizes = set()
     target = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0), "masks": torch.zeros(0, 400, 700)}
-    monkeypatch.setattr(module, "CROP", (397, 399))
+    monkeypatch.setattr(augmentation, "CROP", (397, 399))
     for seed in range(60):
         torch.manual_seed(seed)
-        sizes.add(tuple(module._cropped(torch.zeros(3, 398, 700), target)[0].shape[-2:]))
+        sizes.add(tuple(augmentation._cropped(torch.zeros(3, 398, 700), target)[0].shape[-2:]))
     assert sizes == {(h, w) for h in (397, 398) for w in (397, 398, 399)}
 
 

@@ -16,7 +16,7 @@ if not importlib.util.find_spec("mmseg"):
     pytest.skip("mmsegmentation is not installed (the extra 'segmentation')", allow_module_level=True)
 
 from e3va_lite import assert_isolated, build_backbone
-from e3va_lite.datasets.ade20k import VOID, MaskFolder, class_names, label_table
+from e3va_lite.datasets.ade20k import VOID, MaskFolder, class_source, label_table
 from e3va_lite.datasets.shapes import CLASSES, write_scenes
 from e3va_lite.errors import InputError
 from e3va_lite.recipes.schema import ADE20KRecipe, load_recipe
@@ -168,9 +168,9 @@ def test_names_out_of_the_folder(tmp_path):
     assert data.classes == ["ground", *CLASSES] and len(data) == 1
     assert ade20k.dataset(layout(), tmp_path, "validation", list("abcdefg")).classes == list("abcdefg")
     assert ade20k.dataset(layout(classes=list("gfedcba")), tmp_path, "validation").classes == list("gfedcba")
-    assert class_names(tmp_path / "annotations")[:3] == ["wall", "building", "sky"]  # nothing there: ADE20K's
+    assert class_source(tmp_path / "annotations")[0][:3] == ["wall", "building", "sky"]  # nothing there: ADE20K's
     (tmp_path / "annotations/objectInfo150.txt").write_text("Idx\tName\n1\tscreen, door\n2\tscreen, crt\n3\tsea, wet\n")
-    assert class_names(tmp_path / "annotations") == ["screen, door", "screen, crt", "sea"]
+    assert class_source(tmp_path / "annotations")[0] == ["screen, door", "screen, crt", "sea"]
 
 
 def test_lists_and_folders_in_folders(tmp_path):
