@@ -185,29 +185,30 @@ def time_table(
         row["quartiles"] = {p: [round(float(q), 5) for q in np.quantile(x, (0.25, 0.75))] for p, x in phases.items()}
         row["peak"] = peaks[spec]
         for other in ("full", "fixed"):
+            row[f"of_{other}"] = None
             if whole := seconds.get(other):
-                shares = {phase: round(float(np.median(x / whole[phase])), 4) for phase, x in phases.items()}
+                shares = {phase: median_share(x, whole[phase]) for phase, x in phases.items()}
                 row[f"of_{other}"] = {**shares, "peak": round(peaks[spec] / peaks[other], 4)}
-            else:
-                row[f"of_{other}"] = None
         row["seconds_by_round"] = [round(float(x), 5) for x in phases["step"]]
         rows.append(row)
     return {"settings": {"rounds": rounds, **_settings(recipe, size, checkpointing, device)}, "rows": rows}
 
 
+def median_share(seconds: np.ndarray, whole: np.ndarray) -> float:
+    """The median over the rounds, (rounds,) each, of the shares that a round has: they survive a noisy machine."""
+    return round(float(np.median(np.divide(seconds, whole))), 4)
+
+
 def time_text(table: dict) -> str:
     """The table for a terminal: medians, the step's quartiles, and shares."""
-    rows = [
-        [
-            row["method"],
-            *(f"{row[phase]:.3f}" for phase in (*PHASES, "step")),
-            "-".join(f"{q:.3f}" for q in row["quartiles"]["step"]),
-            *(percent((row[f"of_{other}"] or {}).get("step")) for other in ("full", "fixed")),
-            f"{row['peak'] / MIB:.0f}",
-            *(percent((row[f"of_{other}"] or {}).get("peak")) for other in ("full", "fixed")),
-        ]
-        for row in table["rows"]
-    ]
+    rows = []
+    for row in table["rows"]:
+        quartiles = "-".join(f"{q:.3f}" for q in row["quartiles"]["step"])
+        steps, peaks = (
+            [percent((row[f"of_{other}"] or {}).get(key)) for other in ("full", "fixed")] for key in ("step", "peak")
+        )
+        times = [f"{row[phase]:.3f}" for phase in (*PHASES, "step")]
+        rows.append([row["method"], *times, quartiles, *steps, f"{row['peak'] / MIB:.0f}", *peaks])
     header = ["seconds", *PHASES, "step", "quartiles", "of full", "of fixed", "peak, MiB", "of full", "of fixed"]
     return "\n".join([_headline(table["settings"]), text_table(header, rows)])
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset
 
-from ..analysis.cost import interleaved_seconds, share, with_method
+from ..analysis.cost import interleaved_seconds, median_share, share, with_method
 from ..analysis.text import text_table
 from ..analysis.training_step import Step
 from ..backbones.base import trainable_parameters
@@ -94,10 +94,9 @@ def compare(
     if "full" in methods:
         for key in ("ap50", "trainable", "peak_bytes"):
             share(rows, key, f"{key}_of_full")
-        whole = rows[methods.index("full")]
+        whole = rows[methods.index("full")]["step_seconds_by_round"]
         for row in rows:
-            ratios = [a / b for a, b in zip(row["step_seconds_by_round"], whole["step_seconds_by_round"], strict=True)]
-            row["step_seconds_of_full"] = round(statistics.median(ratios), 4)
+            row["step_seconds_of_full"] = median_share(row["step_seconds_by_round"], whole)
     differences = [] if seeds == 1 else [_difference(ap, methods[-1], other) for other in methods[:-1]]
     about = {"recipe": asdict(recipe), **machine(recipe, device)}
     return {"task": task, "rows": rows, "differences": differences, **about}

@@ -26,7 +26,7 @@ import torch
 from torch.utils.data import Subset
 from tqdm import tqdm
 
-from ..analysis.cost import interleaved_seconds, with_method
+from ..analysis.cost import interleaved_seconds, median_share, with_method
 from ..analysis.training_step import Step, build_step, training_size
 from ..backbones.base import trainable_parameters
 from ..backbones.swin import create_swin
@@ -332,7 +332,7 @@ def measure_costs(arms: Iterable[tuple[str, str]], device: torch.device, rounds:
         for arm in steps:
             row = {"arm": arm, "peak": peaks[arm], "seconds": round(float(np.median(training[arm])), 5)}
             if "full" in training:
-                row["seconds_of_full"] = round(float(np.median(training[arm] / training["full"])), 4)
+                row["seconds_of_full"] = median_share(training[arm], training["full"])
             rows.append(row | {"images_per_second": round(float(any_of_them.batch / np.median(inference[arm])), 2)})
         yield {"purpose": "cost", "study": study, "rounds": rounds, "rows": rows, **machine(any_of_them, device)}
 
