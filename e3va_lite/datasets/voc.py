@@ -92,7 +92,7 @@ class _Walk(ObjectWalk):
         self.without_annotation: list[Path] = []
         listed = self._listed()
         entries = dict.fromkeys(listed)
-        bar = tqdm(entries, f"check {self.split}", unit="image", delay=3, disable=self.limits is None)
+        bar = tqdm(entries, f"check {self.split}", unit="image", delay=3) if self.limits else entries
         images = [self._image(*entry) for entry in bar]
         if find_classes:
             self._find_classes(images)
