@@ -116,7 +116,8 @@ class _Walk(ObjectWalk):
                 source = root / self.layout.listing.replace("{split}", part)
             elif "{split}" not in self.layout.annotations:
                 root, source = _devkit_list(root, part)
-            places = tuple(folders_of(root, part, self.layout.images, self.layout.annotations))
+            folders = folders_of(root, part, images=self.layout.images, annotations=self.layout.annotations)
+            places = tuple(folders)
             if places not in seen:
                 seen[places] = files_by_name(places[0]), files_by_name(places[1], (".xml",))
                 images, annotations = seen[places]
