@@ -46,7 +46,7 @@ class E3VA(SideNetwork):
     """A frozen backbone and the highway beside it; maps of the highway go to the neck.
 
     Args:
-        trunk: The pretrained backbone; it is frozen here.
+        backbone: The pretrained backbone; it is frozen here.
         stages: The stages (from 1) whose maps the task consumes; norms exist for these only.
         structure: How the two adapters of a block meet (Fig. 3), a key of ``STRUCTURES``.
         adapter: ``low_rank`` or ``standard`` (Fig. 4).
@@ -74,7 +74,7 @@ class E3VA(SideNetwork):
 
     def __init__(
         self,
-        trunk: nn.Module,
+        backbone: nn.Module,
         stages: tuple[int, ...],
         structure: str = "parallel",
         adapter: str = "low_rank",
@@ -103,7 +103,7 @@ class E3VA(SideNetwork):
                 f"memory={memory} needs the gradient that parallel adapters share: with structure={structure} only "
                 "memory=reference is possible."
             )
-        super().__init__(trunk, stages, fpn_norm_trainable)
+        super().__init__(backbone, stages, fpn_norm_trainable)
         self.join = STRUCTURES[structure]
         self.fpn_input = fpn_input
         self.memory = memory
@@ -114,22 +114,22 @@ class E3VA(SideNetwork):
             nn.ModuleList(
                 nn.ModuleList(ADAPTERS[adapter](block.dim, **sizes) for _ in range(2)) for block in stage.blocks
             )
-            for stage in trunk.layers[: self.last_stage]
+            for stage in backbone.layers[: self.last_stage]
         )
         if start == "random":
             for weight, _ in (adapter.outer for stage in self.adapters for pair in stage for adapter in pair):
                 nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
         # The first entry is the identity: a stage is reduced where it begins.
-        own_reductions = [copy.deepcopy(stage.downsample) for stage in trunk.layers[: self.last_stage]]
+        own_reductions = [copy.deepcopy(stage.downsample) for stage in backbone.layers[: self.last_stage]]
         self.reductions = nn.ModuleList(own_reductions).requires_grad_() if reduction == "trainable" else None
 
     @property
     def passed_by_design(self) -> list[nn.Module]:
-        return [] if self.reductions is not None else [stage.downsample for stage in self.trunk.layers]
+        return [] if self.reductions is not None else [stage.downsample for stage in self.backbone.layers]
 
     def reduction(self, index: int) -> nn.Module:
         """The reduction of the highway before stage ``index`` (from 0); the identity before the first."""
-        return self.trunk.layers[index].downsample if self.reductions is None else self.reductions[index]
+        return self.backbone.layers[index].downsample if self.reductions is None else self.reductions[index]
 
     def norm(self, index: int) -> nn.Module | None:
         """The norm after stage ``index`` (from 0), or None if that stage's map is not consumed."""
@@ -144,10 +144,10 @@ class E3VA(SideNetwork):
     def reference(self, images: Tensor) -> list[Tensor]:
         """As :meth:`forward`, by equations (7) and (8) literally."""
         with torch.no_grad():
-            l = embed(self.trunk, images)  # l[0], (B, H/4, W/4, C)
+            l = embed(self.backbone, images)  # l[0], (B, H/4, W/4, C)
         e = l  # e[0]
         maps = {}
-        for index, (stage, adapters) in enumerate(zip(self.trunk.layers, self.adapters, strict=False)):
+        for index, (stage, adapters) in enumerate(zip(self.backbone.layers, self.adapters, strict=False)):
             e = self.reduction(index)(e)  # gradients flow through these layers ...
             with torch.no_grad():
                 l = stage.downsample(l)  # ... and never through these; both (B, H, W, C) of this stage

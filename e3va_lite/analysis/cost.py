@@ -18,7 +18,7 @@ from ..methods.registry import METHODS, options_of, parse_method
 from ..recipes.schema import Recipe
 from ..training.engine import machine
 from .memory import CATEGORIES, PHASES, Ledger
-from .text import percent, text_table
+from .text import percent, setting, text_table
 from .training_step import Step, build_step
 
 MIB = 2**20
@@ -97,7 +97,7 @@ def memory_table(
         if found.allocated is not None:
             row |= {"allocated_mib": round(found.allocated / MIB, 1), "reserved_mib": round(found.reserved / MIB, 1)}
         rows.append(row)
-    share(rows, "peak", "full", "share_of_full")
+    share(rows, "peak", "share_of_full")
     how = "dry run (fake tensors)" if dry_run else f"counted on {device.type}"
     return {"settings": {"measured": how, **_settings(recipe, size, checkpointing, device)}, "rows": rows}
 
@@ -185,38 +185,39 @@ def time_table(
         row["quartiles"] = {p: [round(float(q), 5) for q in np.quantile(x, (0.25, 0.75))] for p, x in phases.items()}
         row["peak"] = peaks[spec]
         for other in ("full", "fixed"):
+            row[f"of_{other}"] = None
             if whole := seconds.get(other):
-                shares = {phase: round(float(np.median(x / whole[phase])), 4) for phase, x in phases.items()}
+                shares = {phase: median_share(x, whole[phase]) for phase, x in phases.items()}
                 row[f"of_{other}"] = {**shares, "peak": round(peaks[spec] / peaks[other], 4)}
-            else:
-                row[f"of_{other}"] = None
         row["seconds_by_round"] = [round(float(x), 5) for x in phases["step"]]
         rows.append(row)
     return {"settings": {"rounds": rounds, **_settings(recipe, size, checkpointing, device)}, "rows": rows}
 
 
+def median_share(seconds: np.ndarray, whole: np.ndarray) -> float:
+    """The median over the rounds, (rounds,) each, of the shares that a round has: they survive a noisy machine."""
+    return round(float(np.median(np.divide(seconds, whole))), 4)
+
+
 def time_text(table: dict) -> str:
     """The table for a terminal: medians, the step's quartiles, and shares."""
-    rows = [
-        [
-            row["method"],
-            *(f"{row[phase]:.3f}" for phase in (*PHASES, "step")),
-            "-".join(f"{q:.3f}" for q in row["quartiles"]["step"]),
-            *(percent((row[f"of_{other}"] or {}).get("step")) for other in ("full", "fixed")),
-            f"{row['peak'] / MIB:.0f}",
-            *(percent((row[f"of_{other}"] or {}).get("peak")) for other in ("full", "fixed")),
-        ]
-        for row in table["rows"]
-    ]
+    rows = []
+    for row in table["rows"]:
+        quartiles = "-".join(f"{q:.3f}" for q in row["quartiles"]["step"])
+        steps, peaks = (
+            [percent((row[f"of_{other}"] or {}).get(key)) for other in ("full", "fixed")] for key in ("step", "peak")
+        )
+        times = [f"{row[phase]:.3f}" for phase in (*PHASES, "step")]
+        rows.append([row["method"], *times, quartiles, *steps, f"{row['peak'] / MIB:.0f}", *peaks])
     header = ["seconds", *PHASES, "step", "quartiles", "of full", "of fixed", "peak, MiB", "of full", "of fixed"]
     return "\n".join([_headline(table["settings"]), text_table(header, rows)])
 
 
-def share(rows: list[dict], key: str, of: str, into: str) -> None:
-    """Give every row its share of a method's value, where that method is among the rows."""
-    whole = next((row[key] for row in rows if row["method"] == of), None)
-    for row in rows if whole else ():
-        row[into] = round(row[key] / whole, 4)
+def share(rows: list[dict], key: str, into: str) -> None:
+    """Give every row its share of full fine-tuning's value, where that is among the rows; None where that is zero."""
+    for whole in [row[key] for row in rows if row["method"] == "full"]:
+        for row in rows:
+            row[into] = round(row[key] / whole, 4) if whole else None
 
 
 def _settings(recipe: Recipe, size: tuple[int, int], checkpointing: bool, device: torch.device) -> dict:
@@ -231,10 +232,4 @@ def _settings(recipe: Recipe, size: tuple[int, int], checkpointing: bool, device
 
 
 def _headline(settings: dict) -> str:
-    height, width = settings["size"]
-    kept = ", gradient checkpointing" if settings["checkpointing"] else ""
-    how = settings.get("measured") or f"{settings['rounds']} rounds"
-    return (
-        f"{settings['task']}, {settings['backbone']}, {settings['batch_size']} x {height}x{width}, "
-        f"{settings['precision']}{kept}; {how}, {settings['device']}, {settings['date']}"
-    )
+    return f"{setting(settings)}, {settings['device']}, {settings['date']}"

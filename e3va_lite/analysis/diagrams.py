@@ -5,7 +5,6 @@ be on the meta device.
 """
 
 from collections.abc import Callable, Iterable
-from itertools import pairwise
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -61,7 +60,7 @@ def save(folder: Path, methods: Iterable[str], name: str, size: tuple[int, int] 
 def _check(backbones: dict[str, nn.Module], stage: int = 1) -> None:
     """The drawings show what the paper has: its methods, on a Swin or a Swin V2, and a stage that runs."""
     for label, backbone in backbones.items():
-        if not isinstance(backbone, ThroughBackbone | E3VA) or not isinstance(backbone.trunk, SWINS):
+        if not isinstance(backbone, ThroughBackbone | E3VA) or not isinstance(backbone.backbone, SWINS):
             name = getattr(backbone, "name", type(backbone).__name__)
             raise InputError(f"figures are drawn for the paper's methods on a Swin, not for {label} on {name}.")
         if not 1 <= stage <= backbone.last_stage:
@@ -109,7 +108,7 @@ def _blocks(title: str, backbones: dict[str, nn.Module], images: Tensor, stage: 
         block = [block for block in found.blocks if block.stage == stage][-1]
         picture = Picture(axes, left + 2.1, 4.1, *_parts_of(found, block))
         attention = "MSA, LoRA" if hasattr(backbone, "updates") else "W/SW-MSA"
-        norms_last = isinstance(backbone.trunk, SwinTransformerV2)
+        norms_last = isinstance(backbone.backbone, SwinTransformerV2)
         _draw_stream(picture, _adapters_of(backbone), attention, norms_last)
         if isinstance(backbone, E3VA):
             structure = next(name for name, join in STRUCTURES.items() if join is backbone.join)
@@ -128,23 +127,19 @@ def _blocks(title: str, backbones: dict[str, nn.Module], images: Tensor, stage: 
 
 def _parts_of(found: Trace, block: Block) -> tuple[dict[str, bool], dict[str, bool]]:
     """What the gradient reaches, and where it ends, in one block: by the names of its parts."""
-    prefix = f"trunk.layers.{block.stage - 1}.blocks.{block.block - 1}."
+    prefix = f"backbone.layers.{block.stage - 1}.blocks.{block.block - 1}."
     names = {part: prefix + part for part in ("norm1", "attn", "norm2", "mlp")}
     names |= {f"a{number}": name for number, name in enumerate(block.adapters, start=1)}
-    reached = {part: _passed(found, name) for part, name in names.items()}
-    reached |= {"l": block.stream_reached, "e": block.input_reached}
-    reached |= {"e_out": block.links_from_loss is not None}
-    trained = {part: _trained(found, name) for part, name in names.items()}
-    trained["attn"] |= _trained(found, f"updates.{found.blocks.index(block)}")  # LoRA's, beside the q and v of it
+    reached = {part: _has(found.modules, name) for part, name in names.items()}
+    reached |= {"l": block.stream_reached, "e": block.input_reached, "e_out": block.links_from_loss is not None}
+    trained = {part: _has(found.parameters, name) for part, name in names.items()}
+    trained["attn"] |= _has(found.parameters, f"updates.{found.blocks.index(block)}")  # LoRA's, beside q and v
     return reached, trained
 
 
-def _passed(found: Trace, name: str) -> bool:
-    return name in found.modules or any(module.startswith(f"{name}.") for module in found.modules)
-
-
-def _trained(found: Trace, name: str) -> bool:
-    return any(parameter.startswith(f"{name}.") for parameter in found.parameters)
+def _has(names: tuple[str, ...], part: str) -> bool:
+    """Whether a part of the model, or something in it, is among the names."""
+    return any(f"{name}.".startswith(f"{part}.") for name in names)
 
 
 def _adapters_of(backbone: nn.Module) -> str | None:
@@ -166,8 +161,7 @@ def _draw_stream(picture: Picture, adapters: str | None, attention: str, norms_l
         first, last = order = (layer, f"norm{number}") if norms_last else (f"norm{number}", layer)
         for height, part in zip((y, y + 1.1), order, strict=True):
             picture.box(part, 0, height, text if part == layer else f"LN{'₁₂'[number - 1]}")
-        picture.line(source, first)
-        picture.line(first, last)
+        picture.lines(f"{source} {first} {last}")
         adapter = f"a{number}"
         if adapters == "inside":
             picture.box(adapter, 0, y + 2.2, f"adapter {number}")
@@ -196,21 +190,18 @@ def _draw_highway(picture: Picture, structure: str, tap1: str, tap2: str) -> Non
         picture.box("a1", road, 3.6, "adapter 1")
         picture.plus("join2", road, 6.5, "a1", tap2)
         picture.box("a2", road, 7.8, "adapter 2")
-        lines = "e join1 a1 join2 a2 e_out", f"{tap1} join1", f"{tap2} join2"
+        picture.lines("e join1 a1 join2 a2 e_out", f"{tap1} join1", f"{tap2} join2")
     elif structure == "stacked":
         picture.box("a1", 2.3, 2.3, "adapter 1")
         picture.plus("join1", 2.3, 6.5, "a1", tap2)
         picture.box("a2", 3.85, 6.5, "adapter 2")
         picture.plus("join2", road, 6.5, "e", "a2")
-        lines = "e join2 e_out", f"{tap1} a1 join1", f"{tap2} join1 a2 join2"
+        picture.lines("e join2 e_out", f"{tap1} a1 join1", f"{tap2} join1 a2 join2")
     else:
         for number, y, below in ((1, 2.3, "e"), (2, 6.5, "join1")):
             picture.box(f"a{number}", 2.8, y, f"adapter {number}")
             picture.plus(f"join{number}", road, y, below, f"a{number}")
-        lines = "e join1 join2 e_out", f"{tap1} a1 join1", f"{tap2} a2 join2"
-    for line in map(str.split, lines):
-        for source, target in pairwise(line):
-            picture.line(source, target)
+        picture.lines("e join1 join2 e_out", f"{tap1} a1 join1", f"{tap2} a2 join2")
 
 
 # Figures 1 and 2: the whole network
@@ -280,17 +271,17 @@ def figure2(backbone: E3VA, images: Tensor) -> Figure:
 def _network_of(found: Trace, backbone: nn.Module) -> tuple[dict[str, bool], dict[str, bool]]:
     """As :func:`_parts_of`, for the parts of the whole network."""
     own = backbone.reductions if isinstance(backbone, E3VA) else None
-    names = {"embed": ["trunk.patch_embed"]}
+    names = {"embed": ["backbone.patch_embed"]}
     for number in range(1, backbone.last_stage + 1):
-        layer = f"trunk.layers.{number - 1}"
+        layer = f"backbone.layers.{number - 1}"
         blocks = {index: block for index, block in enumerate(found.blocks) if block.stage == number}
         names[f"s{number}"] = [f"{layer}.blocks.{block.block - 1}" for block in blocks.values()]
         names[f"a{number}"] = [name for block in blocks.values() for name in block.adapters]
         names[f"a{number}"] += [f"updates.{index}" for index in blocks]  # LoRA's
         names[f"r{number}"] = [f"{layer}.downsample" if own is None else f"reductions.{number - 1}"]
         names[f"n{number}"] = [f"norms.{number}"]
-    trained = {part: any(_trained(found, name) for name in of) for part, of in names.items()}
-    reached = {part: any(_passed(found, name) for name in of) or trained[part] for part, of in names.items()}
+    trained = {part: any(_has(found.parameters, name) for name in of) for part, of in names.items()}
+    reached = {part: any(_has(found.modules, name) for name in of) or trained[part] for part, of in names.items()}
     # They are not part of the model that was traced; they are trained in every method.
     return reached | {"neck": True, "loss": True}, trained | {"neck": True}
 
@@ -313,9 +304,13 @@ def _draw_network(picture: Picture, backbone: nn.Module, draw_stage: Callable, s
         x = 5.0 + (stage_width + 2.3) * (number - 1)
         if number > 1 and road:
             picture.reached[f"l{number}"] = picture.reached[stream]  # run on the stream, the same layers or others
-            stream = _after(picture, stream, f"l{number}", x - 1.15, 0)
+            picture.box(f"l{number}", x - 1.15, 0, "reduce", 1.3)
+            picture.lines(f"{stream} l{number}")
+            stream = f"l{number}"
         if number > 1:
-            way = _after(picture, way, f"r{number}", x - 1.15, road)
+            picture.box(f"r{number}", x - 1.15, road, "reduce", 1.3)
+            picture.lines(f"{way} r{number}")
+            way = f"r{number}"
         stream, way = draw_stage(picture, backbone, number, x, road, stream if road else way, way)
         if str(number) in backbone.norms:
             x = picture.parts[way][0] - picture.x
@@ -324,15 +319,9 @@ def _draw_network(picture: Picture, backbone: nn.Module, draw_stage: Callable, s
             picture.line(f"n{number}", "neck", (x, road + 2.0))
 
 
-def _after(picture: Picture, source: str, name: str, x: float, y: float) -> str:
-    picture.box(name, x, y, "reduce", 1.3)
-    picture.line(source, name)
-    return name
-
-
 def _stage(picture: Picture, backbone: nn.Module, number: int, x: float, road: float, stream: str, way: str) -> tuple:
     """A stage as one box, with what a method has added to its blocks; on a highway, where that meets it."""
-    name, extra, blocks = f"s{number}", f"a{number}", len(backbone.trunk.layers[number - 1].blocks)
+    name, extra, blocks = f"s{number}", f"a{number}", len(backbone.backbone.layers[number - 1].blocks)
     text = "LoRA" if hasattr(backbone, "updates") else f"{2 * blocks} adapters"
     picture.box(name, x + 1, 0, f"stage {number}\n{blocks} blocks", 2.0, 0.95)
     picture.line(stream, name)
@@ -355,23 +344,21 @@ def _stage_in_detail(
     picture: Picture, backbone: E3VA, number: int, x: float, road: float, stream: str, way: str
 ) -> tuple:
     """One block of the stage: equation (7) on the stream, equation (8) on the highway."""
-    order = -1 if isinstance(backbone.trunk, SwinTransformerV2) else 1  # which norms behind the layers
+    order = -1 if isinstance(backbone.backbone, SwinTransformerV2) else 1  # which norms behind the layers
     for part, tap, layers, middle in ((1, "attn", ("LN₁", "W/SW-MSA"), x + 1.0), (2, "mlp", ("LN₂", "MLP"), x + 4.2)):
         text = "\n".join(layers[::order])
         tap, total, adapter, join = (f"{name}_{number}" for name in (tap, f"sum{part}", f"a{part}", f"join{part}"))
         picture.box(tap, middle, 0, text, 1.9, 0.95)
         picture.plus(total, middle + 1.6, 0, stream, tap)
-        picture.line(stream, tap)
-        picture.line(tap, total)
+        picture.lines(f"{stream} {tap} {total}")
         fork = middle - 1.3
         picture.line(stream, total, (fork, 0), (fork, -0.85), (middle + 1.6, -0.85))
         picture.box(adapter, middle, 1.8, f"adapter {part}", 1.9)
         picture.plus(join, middle, road, way, adapter)
-        picture.line(tap, adapter)
-        picture.line(adapter, join)
+        picture.lines(f"{tap} {adapter} {join}")
         picture.line(way, join, *([(EMBED, road)] if way == "embed" else []))
         stream, way = total, join
-    blocks, channels = len(backbone.adapters[number - 1]), stage_dims(backbone.trunk)[number - 1]
+    blocks, channels = len(backbone.adapters[number - 1]), stage_dims(backbone.backbone)[number - 1]
     picture.text(x + 2.8, -1.15, f"stage {number}: {blocks} such blocks, {channels} channels")
     return stream, way
 
@@ -411,16 +398,14 @@ def _draw_adapter(picture: Picture, label: str, adapter: nn.Module) -> None:
     edge = columns[-1] + 2.2
 
     def projection(name: str, low: float, takes: int, gives: int, rows: str, cols: str) -> None:
+        steps = [(rf"${name}$: ${rows} \times {cols}$", takes, gives)]
         if low_rank:
             steps = [
                 (rf"$t_1, t_2$ of ${name}$: $\alpha \times {cols}$", takes, rank),
                 (rf"$s_1, s_2$ of ${name}$: ${rows} \times \alpha$", rank, gives),
             ]
-        else:
-            steps = [(rf"${name}$: ${rows} \times {cols}$", takes, gives)]
         height = 2.8 / len(steps)
-        for step, (text, below, above) in enumerate(steps):
-            start = low + step * height
+        for start, (text, below, above) in zip((low, low + height), steps, strict=False):
             picture.text(edge + 0.2, start + height / 2, f"{text} = {above} × {below}", ha="left", va="center")
             for column in columns:
                 widths = (4 * (below / n) ** 0.5, 4 * (above / n) ** 0.5)
@@ -434,8 +419,7 @@ def _draw_adapter(picture: Picture, label: str, adapter: nn.Module) -> None:
     picture.box("u", 0, 6.8, f"{total}$n$ = {n}", 2 * edge, 0.5, tensor=True)
     picture.plus("sum", 0, 7.6, "x")
     picture.box("out", 0, 8.4, "$A(x)$", 1.6, 0.5, tensor=True)
-    picture.line("u", "sum")
-    picture.line("sum", "out")
+    picture.lines("u sum out")
     picture.line("x", "sum", (-edge - 0.5, 0), (-edge - 0.5, 7.6))
     count = sum(p.numel() for p in adapter.parameters())
     picture.text(0, -0.6, f"{count:,} parameters: {formula}" + (rf";  $\alpha$ = {rank}" if low_rank else ""))

@@ -5,6 +5,7 @@ passes. Where it does, arrows point in the direction of the gradient, otherwise 
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
@@ -47,10 +48,10 @@ class Picture:
         x, y = self.x + x, self.y + y
         passed = self.reached.setdefault(name, False)
         self.parts[name] = (x, y, width / 2, height / 2)
-        style = {"edgecolor": GRADIENT if passed else FORWARD, "linewidth": 2.4 if passed else 1.0}
-        shape = FancyBboxPatch((x - width / 2, y - height / 2), width, height, "round,pad=0,rounding_size=0.1", **style)
-        shape.set(facecolor="white" if tensor else TRAINED if self.trained.get(name) else FROZEN, gid=name, zorder=3)
-        self.axes.add_patch(shape)
+        fill = "white" if tensor else self._fill(name)
+        corner = (x - width / 2, y - height / 2)
+        outline = {"boxstyle": "round,pad=0,rounding_size=0.1", "facecolor": fill, **_outline(passed)}
+        self.axes.add_patch(FancyBboxPatch(corner, width, height, gid=name, zorder=3, **outline))
         self.axes.text(x, y, text, ha="center", va="center", fontsize=9, color=INK, zorder=5, linespacing=1.15)
 
     def plus(self, name: str, x: float, y: float, *sources: str) -> None:
@@ -58,10 +59,7 @@ class Picture:
         passed = self.reached[name] = any(self.reached[source] for source in sources)
         x, y, radius = self.x + x, self.y + y, 0.22
         self.parts[name] = (x, y, radius, radius)
-        colour, width = (GRADIENT, 2.4) if passed else (FORWARD, 1.0)
-        self.axes.add_patch(
-            Circle((x, y), radius, facecolor="white", edgecolor=colour, linewidth=width, zorder=3, gid=name)
-        )
+        self.axes.add_patch(Circle((x, y), radius, facecolor="white", gid=name, zorder=3, **_outline(passed)))
         for dx, dy in ((0.12, 0), (0, 0.12)):
             self.axes.plot([x - dx, x + dx], [y - dy, y + dy], color=INK, linewidth=1.2, zorder=4)
 
@@ -71,25 +69,25 @@ class Picture:
         a, b = self.parts[source], self.parts[target]
         points = [_edge(a, (bends or [b])[0]), *bends, _edge(b, (bends or [a])[-1])]
         passed = self.reached[source] and self.reached[target]
-        self.axes.add_patch(
-            FancyArrowPatch(
-                path=Outline(points[::-1] if passed else points),
-                arrowstyle="-|>,head_width=0.28,head_length=0.5",
-                mutation_scale=9,
-                color=GRADIENT if passed else FORWARD,
-                linewidth=2.6 if passed else 1.2,
-                joinstyle="round",
-                zorder=2 if passed else 1,
-                gid=f"{source}>{target}",
-            )
-        )
+        style = {"color": GRADIENT, "linewidth": 2.6, "zorder": 2} if passed else {}
+        style = {"color": FORWARD, "linewidth": 1.2, "zorder": 1, "joinstyle": "round"} | style
+        head = {"arrowstyle": "-|>,head_width=0.28,head_length=0.5", "mutation_scale": 9}
+        way = Outline(points[::-1] if passed else points)
+        self.axes.add_patch(FancyArrowPatch(path=way, gid=f"{source}>{target}", **head, **style))
+
+    def lines(self, *chains: str) -> None:
+        """A straight line between every two parts that follow each other in ``"part part ..."``."""
+        for chain in chains:
+            for source, target in pairwise(chain.split()):
+                self.line(source, target)
 
     def trapezoid(self, name: str, x: float, low: float, high: float, widths: tuple[float, float]) -> None:
         """A projection, upwards; the widths of its lower and its upper edge stand for dimensions."""
         (a, b), x, low, high = widths, self.x + x, self.y + low, self.y + high
         corners = [(x - a / 2, low), (x + a / 2, low), (x + b / 2, high), (x - b / 2, high)]
-        fill = TRAINED if self.trained.get(name) else FROZEN
-        self.axes.add_patch(Polygon(corners, facecolor=fill, edgecolor=FORWARD, linewidth=1.0, gid=name, zorder=3))
+        self.axes.add_patch(
+            Polygon(corners, facecolor=self._fill(name), edgecolor=FORWARD, linewidth=1.0, gid=name, zorder=3)
+        )
 
     def bar(self, x: float, y: float, length: float) -> None:
         """A length."""
@@ -100,6 +98,13 @@ class Picture:
         """A note."""
         style = {"fontsize": 9, "color": NOTE, "ha": "center", "va": "top", "linespacing": 1.35} | style
         self.axes.text(self.x + x, self.y + y, text, **style)
+
+    def _fill(self, name: str) -> str:
+        return TRAINED if self.trained.get(name) else FROZEN
+
+
+def _outline(passed: bool) -> dict[str, object]:
+    return {"edgecolor": GRADIENT, "linewidth": 2.4} if passed else {"edgecolor": FORWARD, "linewidth": 1.0}
 
 
 def _edge(part: tuple[float, float, float, float], towards: tuple[float, ...]) -> tuple[float, float]:

@@ -14,7 +14,7 @@ Gradient checkpointing changes no length: the graph is the same, and only what i
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -104,7 +104,7 @@ def trace(
             first two. Models on the meta device cost no memory and have the same graph.
         *inputs: The positional arguments of ``model``, for a backbone float images (B, 3, H, W); ``**keywords`` are
             its keyword arguments.
-        backbone: The pretrained part, a module or its name; the module called ``trunk`` if not given.
+        backbone: The pretrained part, a module or its name; the innermost module called ``backbone`` if not given.
         loss: Turns the model's output into a tensor. By default ``isolation.random_functional``, whose two links (a
             product and a scale) are part of the lengths. Neck, head and the task's loss would add theirs to every
             method alike.
@@ -223,16 +223,12 @@ class _Call:
 @contextmanager
 def _literal(backbone: ThroughBackbone | E3VA | None) -> Iterator[None]:
     """Let a backbone of this package compute the equations as the paper writes them, without its faster kernels."""
-    if backbone is None:
+    with ExitStack() as changed:
+        if backbone is not None:
+            name, literal = ("memory", "reference") if isinstance(backbone, E3VA) else ("frozen", False)
+            changed.callback(setattr, backbone, name, getattr(backbone, name))
+            setattr(backbone, name, literal)
         yield
-        return
-    name, literal = ("memory", "reference") if isinstance(backbone, E3VA) else ("frozen", False)
-    own = getattr(backbone, name)
-    setattr(backbone, name, literal)
-    try:
-        yield
-    finally:
-        setattr(backbone, name, own)
 
 
 @contextmanager
@@ -253,18 +249,13 @@ def _watched(backbone: ThroughBackbone | E3VA | None, saved: SavedBytes) -> Iter
         calls.append(_Call(adapters, args[first].grad_fn, output.grad_fn, streams[-1], saved.total - before))
         return output
 
-    handles = [
-        first_layer(block).register_forward_pre_hook(lambda module, args: streams.append(args[0].grad_fn))
-        for stage in backbone.trunk.layers
-        for block in stage.blocks
-    ]
-    setattr(backbone, name, watched)
-    try:
+    with ExitStack() as changed:
+        changed.callback(setattr, backbone, name, inner)
+        setattr(backbone, name, watched)
+        for block in (block for stage in backbone.backbone.layers for block in stage.blocks):
+            hook = first_layer(block).register_forward_pre_hook(lambda module, args: streams.append(args[0].grad_fn))
+            changed.enter_context(hook)
         yield calls
-    finally:
-        setattr(backbone, name, inner)
-        for handle in handles:
-            handle.remove()
 
 
 def _per_stage(
@@ -278,7 +269,7 @@ def _per_stage(
     names = {module: name for name, module in model.named_modules()}
     outputs = {name: node for node, by in produced.items() for name in by}
     per_stage, blocks, todo = [], [], iter(calls)
-    for number, stage in enumerate(backbone.trunk.layers[: backbone.last_stage], start=1):
+    for number, stage in enumerate(backbone.backbone.layers[: backbone.last_stage], start=1):
         ran = [call for _, call in zip(stage.blocks, todo, strict=False)]
 
         def inside(output: object, input: object) -> dict[object, int]:

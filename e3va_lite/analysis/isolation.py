@@ -14,8 +14,9 @@ relies on another:
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import fields, is_dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -48,8 +49,8 @@ def assert_isolated(
         model: The model to be trained. Its modules may have an attribute ``passed_by_design``: a list of modules of the
             backbone that a gradient may pass although their parameters get none (the highway's inherited reductions).
         *inputs: The positional arguments of ``model``; ``**keywords`` are its keyword arguments.
-        backbone: The part that must not be reached: a module of ``model`` or its name in it. By default the module
-            called ``trunk``, which every backbone of this package has.
+        backbone: The part that must not be reached: a module of ``model`` or its name in it. By default the innermost
+            module called ``backbone``, which every tuned backbone of this package has.
         loss: Turns the model's output into a scalar. By default a random linear functional of all float tensors in the
             output, which may be nested in lists, dicts and dataclasses. (The mean square of LayerNormed maps, the
             obvious choice, is constant: its gradient is zero and would prove anything.)
@@ -78,14 +79,11 @@ def assert_isolated(
         moved, unmoved = moved_by_optimizer(model, inputs, backbone, loss, **keywords)
         changed = not_repeatable(model, inputs, backbone, **keywords)
     findings = [*reached, *moved, *changed]
-    if any(" passes module " in text or " meets parameter " in text for text in reached):
-        head = (
-            "the backbone is not isolated (list modules that a gradient may pass in an attribute `passed_by_design`):"
-        )
-    elif findings:
+    head = "no gradient reaches the backbone, but not all of the rest is trained (freeze what is not used):"
+    if findings:
         head = "the backbone is not isolated:"
-    else:
-        head = "no gradient reaches the backbone, but not all of the rest is trained (freeze what is not used):"
+    if any(" passes module " in text or " meets parameter " in text for text in reached):
+        head = f"{head[:-1]} (list modules that a gradient may pass in an attribute `passed_by_design`):"
     if findings or unmoved:
         raise IsolationError("\n  ".join([head, *findings, *unmoved]))
 
@@ -128,11 +126,8 @@ def met_in_backward(model: nn.Module, inputs: tuple, backbone: nn.Module, loss: 
     value = loss(model(*inputs, **keywords))
     gradient = torch.ones_like(value)
     watch = _Meetings({name: p for name, p in model.named_parameters() if id(p) in guarded}, gradient)
-    try:
-        with watch:
-            value.backward(gradient)
-    finally:
-        watch.close()
+    with closing(watch), watch:
+        value.backward(gradient)
     return [f"a gradient meets parameter {name} in the backward pass" for name in sorted(watch.met)]
 
 
@@ -173,20 +168,15 @@ def producers(model: nn.Module) -> Iterator[dict[object, list[str]]]:
     """Record the forward pass: graph node -> names of the modules whose output it is, the outermost last."""
     produced: dict[object, list[str]] = {}
 
-    def remember(name: str) -> Callable:
-        def hook(module: nn.Module, args: tuple, output: object) -> None:
-            for t in tensors_in(output):
-                if t.grad_fn is not None:
-                    produced.setdefault(t.grad_fn, []).append(name)
+    def remember(name: str, module: nn.Module, args: tuple, output: object) -> None:
+        for t in tensors_in(output):
+            if t.grad_fn is not None:
+                produced.setdefault(t.grad_fn, []).append(name)
 
-        return hook
-
-    handles = [module.register_forward_hook(remember(name)) for name, module in model.named_modules()]
-    try:
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+            hooks.enter_context(module.register_forward_hook(partial(remember, name)))
         yield produced
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def moved_by_optimizer(
@@ -225,22 +215,18 @@ def not_repeatable(model: nn.Module, inputs: tuple, backbone: nn.Module, /, **ke
     """
     names = {module: name for name, module in model.named_modules()}
     passes: list[list[tuple[str, Tensor]]] = []
-    handles = [
+
+    def remember(module: nn.Module, args: tuple, output: object) -> None:
         # A sum tells two maps apart; keeping the maps themselves would take the memory that isolation saves.
-        module.register_forward_hook(
-            lambda m, args, out: passes[-1].extend((names[m], t.detach().double().sum()) for t in tensors_in(out))
-        )
-        for module in backbone.modules()
-    ]
+        passes[-1].extend((names[module], t.detach().double().sum()) for t in tensors_in(output))
+
     buffers = {name: b.clone() for name, b in backbone.named_buffers()}
-    try:
+    with ExitStack() as hooks, torch.no_grad():
+        for module in backbone.modules():
+            hooks.enter_context(module.register_forward_hook(remember))
         for _ in range(2):
             passes.append([])
-            with torch.no_grad():
-                model(*inputs, **keywords)
-    finally:
-        for handle in handles:
-            handle.remove()
+            model(*inputs, **keywords)
     first, second = passes
     findings = [f"module {a} is not repeatable in train mode" for (a, x), (_, y) in zip(first, second) if x != y]  # noqa: B905
     findings += [f"buffer {n} of the backbone changed" for n, b in backbone.named_buffers() if not b.equal(buffers[n])]
@@ -295,13 +281,19 @@ def next_nodes(node: object) -> list[object]:
 
 
 def find_backbone(model: nn.Module, backbone: nn.Module | str | None) -> nn.Module:
-    """The frozen part: as given, by its name in the model, or the module called ``trunk``; InputError without one."""
+    """The frozen part: as given, by its name in the model, or the innermost module called ``backbone``.
+
+    Innermost, since a detector calls by that name what contains the tuned backbone, which contains the pretrained one.
+
+    Raises:
+        InputError: If there is none.
+    """
     modules = dict(model.named_modules())
     if backbone is None:
-        found = [module for name, module in modules.items() if name.split(".")[-1] == "trunk"]
+        found = [name for name in modules if name.split(".")[-1] == "backbone"]
         if not found:
             raise InputError("name the frozen part: backbone=<a module of the model, or its name in it>.")
-        backbone = found[0]
+        backbone = modules[max(found, key=lambda name: name.count("."))]
     elif isinstance(backbone, str):
         if backbone not in modules:
             raise InputError(f"the model has no module named '{backbone}'.")

@@ -16,8 +16,9 @@ Each storage belongs to one category, known when the step is over:
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -265,24 +266,17 @@ def checked_loss(loss: object) -> Tensor:
 @contextmanager
 def _named_modules(model: nn.Module, live: LiveBytes) -> Iterator[None]:
     """Inside, ``live.module`` is the name of the module whose forward is running."""
-    stack: list[str] = []
-    handles = []
+    running: list[str] = []
 
-    def enter(name: str) -> Callable:
-        def hook(*_: object) -> None:
-            stack.append(live.module)
-            live.module = name
-
-        return hook
+    def enter(name: str, *_: object) -> None:
+        running.append(live.module)
+        live.module = name
 
     def leave(*_: object) -> None:
-        live.module = stack.pop()
+        live.module = running.pop()
 
-    for name, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(enter(name)))
-        handles.append(module.register_forward_hook(leave, always_call=True))
-    try:
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+            hooks.enter_context(module.register_forward_pre_hook(partial(enter, name)))
+            hooks.enter_context(module.register_forward_hook(leave, always_call=True))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -4,14 +4,17 @@ Every function returns a ``matplotlib.figure.Figure``: a notebook shows it, ``fi
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 
+import numpy as np
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..methods.registry import METHODS
 from .memory import CATEGORIES, PHASES, Ledger
+from .text import setting
 
 #: The last for all that train inside the backbone.
 COLOURS = {"full": "#8c8c8c", "from scratch": "#8c8c8c", "fixed": "#7f9fcb", "adapter": "#e0a458"}
@@ -28,23 +31,12 @@ CATEGORY_COLOURS = dict(zip(CATEGORIES, ("#4c5b6b", "#c44e52", "#8172b3", "#e0a4
 MARKED = dict(zip((*METHODS, "lst", "losa", "fixed, norms trained", "from scratch"), "osv<>DhsXo^sPHdX", strict=True))
 TABLE_FIGURES = ("savings.png", "hours.png", "figure1.png")
 
+# Key of a row, title, unit, format, and which way is better.
 PANELS = (
-    ("ap50", "AP at IoU .5", lambda row: row["ap50"], "{:.3f}", "higher is better"),
-    (
-        "trainable",
-        "Trained parameters of the backbone",
-        lambda row: row["trainable"] / 1e6,
-        "{:.2f} M",
-        "lower is better",
-    ),
-    (
-        "peak_bytes",
-        "Peak memory of a training step",
-        lambda row: row["peak_bytes"] / MIB,
-        "{:.0f} MiB",
-        "lower is better",
-    ),
-    ("step_seconds", "Time of a training step", lambda row: row["step_seconds"], "{:.2f} s", "lower is better"),
+    ("ap50", "AP at IoU .5", 1, "{:.3f}", "higher is better"),
+    ("trainable", "Trained parameters of the backbone", 1e6, "{:.2f} M", "lower is better"),
+    ("peak_bytes", "Peak memory of a training step", MIB, "{:.0f} MiB", "lower is better"),
+    ("step_seconds", "Time of a training step", 1, "{:.2f} s", "lower is better"),
 )
 
 
@@ -62,8 +54,8 @@ def compare_figure(result: dict) -> Figure:
     colours = [colour(name) for name in names]
     figure = Figure(figsize=(3.3 * len(PANELS), 0.55 * len(rows) + 1.7), dpi=DPI)
     axes = figure.subplots(1, len(PANELS), sharey=True)
-    for axis, (key, title, value, form, direction) in zip(axes, PANELS, strict=True):
-        values = [value(row) for row in rows]
+    for axis, (key, title, unit, form, direction) in zip(axes, PANELS, strict=True):
+        values = [row[key] / unit for row in rows]
         sns.barplot(x=values, y=names, hue=names, palette=colours, saturation=1, legend=False, ax=axis)
         ends = values
         if key == "ap50" and len(rows[0]["ap50_by_seed"]) > 1:  # a point per seed
@@ -80,8 +72,8 @@ def compare_figure(result: dict) -> Figure:
         axis.set_xticks([])
         sns.despine(ax=axis, bottom=True)
     recipe = result["recipe"]
-    setting = f"{recipe['backbone']}, RetinaNet, {recipe['max_size']} px, batch {recipe['batch']}"
-    figure.suptitle(f"One detector ({setting}), {len(rows)} fine-tuning methods", x=0.01, ha="left", fontsize=12)
+    model = f"{recipe['backbone']}, RetinaNet, {recipe['max_size']} px, batch {recipe['batch']}"
+    figure.suptitle(f"One detector ({model}), {len(rows)} fine-tuning methods", x=0.01, ha="left", fontsize=12)
     measured = f"{result['device']}, {result['precision']}, {result['date']}."
     if any("ap50_of_full" in row for row in rows):
         measured = f"(%) is the share of full fine-tuning. {measured}"
@@ -92,11 +84,7 @@ def compare_figure(result: dict) -> Figure:
 
 def memory_figure(table: dict) -> Figure:
     """What ``e3va memory`` prints: the categories at the peak, and the live bytes over the step."""
-    settings = table["settings"]
-    height, width = settings["size"]
-    kept = ", gradient checkpointing" if settings["checkpointing"] else ""
-    title = f"{settings['task']}, {settings['backbone']}, {settings['batch_size']} x {height}x{width}"
-    return _memory(table["rows"], f"{title}, {settings['precision']}{kept}; {settings['measured']}")
+    return _memory(table["rows"], setting(table["settings"]))
 
 
 def ledgers_figure(ledgers: dict[str, Ledger], title: str) -> Figure:
@@ -127,11 +115,10 @@ def _memory(rows: list[dict], title: str) -> Figure:
     bars.set_title("At the peak, MiB (share of full)", loc="left", fontsize=10.5)
     bars.legend(loc="upper center", bbox_to_anchor=(0.45, -0.1), ncols=5, frameon=False, fontsize=8.5, columnspacing=1)
     for row, style in zip(rows, _styles(names), strict=True):
-        x = [(i + 0.5) / len(row["curve"]) for i in range(len(row["curve"]))]
         # The methods' steps have different numbers of events: each phase is drawn as long as any other.
-        bounds = [0.0, *(row["ends"][phase] for phase in PHASES)]
-        x = [_stretched(place, bounds) for place in x]
-        curves.plot(x, [value / MIB for value in row["curve"]], label=row["method"], **style)
+        ends = [0.0, *(row["ends"][phase] for phase in PHASES)]
+        x = np.interp((np.arange(len(row["curve"])) + 0.5) / len(row["curve"]), ends, range(len(ends)))
+        curves.plot(x, np.array(row["curve"]) / MIB, label=row["method"], **style)
     for number, phase in enumerate(PHASES):
         curves.axvline(number, color="0.85", lw=1, zorder=0)
         curves.text(number + 0.5, 1.02, phase, transform=curves.get_xaxis_transform(), ha="center", fontsize=9)
@@ -163,26 +150,18 @@ def trade_offs(studies: dict, metrics: dict[str, str]) -> Figure | None:
     present = {study: arms for study, arms in studies.items() if any(arm in arms for arm in MARKED)}
     if not present:
         return None
-    axes_of = (("peak", MIB, "peak of a training step, MiB"), ("trainable", 1e3, "trained in the backbone, thousands"))
-    axes_of += (("seconds_of_full", 1, "time of a training step, of full"),)
+    costs = (("peak", MIB, "peak of a training step, MiB"), ("trainable", 1e3, "trained in the backbone, thousands"))
+    costs += (("seconds_of_full", 1, "time of a training step, of full"),)
     figure = Figure(figsize=(13, 3.6 * len(present)), dpi=DPI)
     axes = figure.subplots(len(present), 3, squeeze=False, sharey="row")
     for row, (study, arms) in zip(axes, present.items(), strict=True):
-        for axis, (key, unit, label) in zip(row, axes_of, strict=True):
+        for axis, (key, unit, label) in zip(row, costs, strict=True):
             names = [name for name in MARKED if name in arms and arms[name].get(key) is not None]
             if not names:
                 axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", color="0.5")
             for name in names:
-                x, y, half = arms[name][key] / unit, 100 * arms[name]["mean"], 100 * arms[name]["half"]
-                style = {"fmt": MARKED[name], "color": colour(name), "label": name}
-                axis.errorbar(x, y, half, ms=6, mec="white", mew=0.6, elinewidth=0.8, **style)
-            if key == "trainable":
-                axis.set_xscale("symlog", linthresh=10)
-                axis.set_xlim(left=-2)  # room for those that train nothing
-            else:
-                axis.set_xlim(left=0)
-            axis.set_xlabel(label, fontsize=9)
-            sns.despine(ax=axis)
+                _score(axis, name, arms[name][key] / unit, arms[name], ms=6, mec="white", mew=0.6, label=name)
+            _cost_axis(axis, label, "trained" in label)
         row[0].set_ylabel(f"{study}: {metrics[study]}, %", fontsize=9)
     legend = {}
     for axis in axes.flat:
@@ -221,16 +200,13 @@ def neighbours_figure(arms: dict, costs: dict) -> Figure | None:
     )
     figure = Figure(figsize=(13, 4.4), dpi=DPI)
     axes = figure.subplots(1, 3, sharey=True)
-    for axis, (label, place) in zip(axes, panels, strict=True):
+    for axis, (label, cost) in zip(axes, panels, strict=True):
         for row, name, arm in found:
-            again = "checkpointing" in row["method"]
-            style = {"fmt": MARKED[name], "color": colour(name), "mfc": "white" if again else colour(name)}
-            style["label"] = f"{name}, checkpointed" if again else name
-            axis.errorbar(place(row, arm), 100 * arm["mean"], 100 * arm["half"], ms=7, elinewidth=0.8, **style)
-        axis.set_xlabel(label, fontsize=9)
-        axis.set_xlim(left=0)
-        sns.despine(ax=axis)
-    axes[2].set_xscale("symlog", linthresh=10)
+            style = {"label": name}
+            if "checkpointing" in row["method"]:
+                style = {"label": f"{name}, checkpointed", "mfc": "white"}
+            _score(axis, name, cost(row, arm), arm, ms=7, **style)
+        _cost_axis(axis, label, "trained" in label)
     axes[2].set_xlim(-2, 2 * max(10.0, *(arm["trainable"] / 1e3 for _, _, arm in found)))  # room at both ends
     axes[0].set_ylabel("AP at IoU .5 in miniature, %", fontsize=9)
     handles, labels = axes[0].get_legend_handles_labels()
@@ -239,21 +215,29 @@ def neighbours_figure(arms: dict, costs: dict) -> Figure | None:
     return figure
 
 
+def _score(axis: Axes, name: str, cost: float, arm: dict, **style: object) -> None:
+    """A method's score in percent with its interval, over what it costs."""
+    style |= {"fmt": MARKED[name], "color": colour(name), "elinewidth": 0.8}
+    axis.errorbar(cost, 100 * arm["mean"], 100 * arm["half"], **style)
+
+
+def _cost_axis(axis: Axes, label: str, logarithmic: bool) -> None:
+    if logarithmic:
+        axis.set_xscale("symlog", linthresh=10)
+    axis.set_xlim(left=-2 if logarithmic else 0)  # room for those that train nothing
+    axis.set_xlabel(label, fontsize=9)
+    sns.despine(ax=axis)
+
+
 def _styles(names: list[str]) -> list[dict]:
     """Colours and dashes that tell methods of one colour apart."""
     dashes = ("-", "--", ":", "-.")
-    seen: dict[str, int] = {}
+    seen: Counter[str] = Counter()
     styles = []
-    for name in names:
-        number = seen[colour(name)] = seen.get(colour(name), -1) + 1
-        styles.append({"color": colour(name), "ls": dashes[number % 4], "lw": 1.6 if number < 4 else 0.9})
+    for shade in map(colour, names):
+        styles.append({"color": shade, "ls": dashes[seen[shade] % 4], "lw": 1.6 if seen[shade] < 4 else 0.9})
+        seen[shade] += 1
     return styles
-
-
-def _stretched(place: float, bounds: list[float]) -> float:
-    """Where a fraction of the step lies when every phase is one unit long."""
-    phase = next((i for i in range(len(bounds) - 1) if place <= bounds[i + 1]), len(bounds) - 2)
-    return phase + min((place - bounds[phase]) / max(bounds[phase + 1] - bounds[phase], 1e-9), 1)
 
 
 def table_figures(tables: dict) -> Iterator[tuple[str, Figure]]:
@@ -267,28 +251,28 @@ def table_figures(tables: dict) -> Iterator[tuple[str, Figure]]:
 
 
 def _savings(tables: dict) -> Figure | None:
-    panels = [(tables[t]["title"], tables[t]["rows"]) for t in ("table1", "table2") if t in tables]
-    if not panels:
-        return None
-    figure = Figure(figsize=(5.6 * len(panels), 4.6), dpi=DPI)
-    axes = figure.subplots(1, len(panels), squeeze=False)
-    for axis, (title, rows) in zip(axes[0], panels, strict=True):
-        rows = [row for row in rows if "saved" in row["cells"]]
-        _beside(axis, [row["row"] for row in rows], [row["cells"]["saved"] for row in rows], "memory saved, % of full")
-        axis.set_title(title, loc="left", fontsize=10.5, pad=26)
-    return figure
+    panels = []
+    for table in (tables[name] for name in ("table1", "table2") if name in tables):
+        rows = [row for row in table["rows"] if "saved" in row["cells"]]
+        panels.append((table["title"], rows, "saved", "memory saved, % of full"))
+    return _panels(panels, 5.6, 4.6)
 
 
 def _hours(tables: dict) -> Figure | None:
     rows = tables.get("table3", {}).get("rows", [])
     tasks = [task for task in (rows[0]["cells"] if rows else ()) if rows[0]["cells"][task]["ours"] is not None]
-    if not tasks:
+    return _panels([(f"Table 3: {task}", rows, task, "time, % of full") for task in tasks], 4.6, 4.8)
+
+
+def _panels(panels: list[tuple[str, list[dict], str, str]], width: float, height: float) -> Figure | None:
+    """A panel per title, rows of a table, their column and its label; None without any."""
+    if not panels:
         return None
-    figure = Figure(figsize=(4.6 * len(tasks), 4.8), dpi=DPI)
-    axes = figure.subplots(1, len(tasks), squeeze=False)
-    for axis, task in zip(axes[0], tasks, strict=True):
-        _beside(axis, [row["row"] for row in rows], [row["cells"][task] for row in rows], "time, % of full")
-        axis.set_title(f"Table 3: {task}", loc="left", fontsize=10.5, pad=26)
+    figure = Figure(figsize=(width * len(panels), height), dpi=DPI)
+    axes = figure.subplots(1, len(panels), squeeze=False)
+    for axis, (title, rows, column, label) in zip(axes[0], panels, strict=True):
+        _beside(axis, rows, column, label)
+        axis.set_title(title, loc="left", fontsize=10.5, pad=26)
     return figure
 
 
@@ -303,10 +287,10 @@ def _figure1(tables: dict) -> Figure | None:
         (axes[0], "table1", "memory", "MB, Swin-L on VOC"),
         (axes[1], "table3", "voc", "training time on VOC, % of full"),
     ):
-        cells = {row["row"]: row["cells"][column] for row in tables[table]["rows"]}
-        if cells["full"]["ours"] is None:
+        rows = {row["row"]: row for row in tables[table]["rows"]}
+        if rows["full"]["cells"][column]["ours"] is None:
             return None
-        _beside(axis, list(methods), [cells[method] for method in methods], label)
+        _beside(axis, [rows[method] for method in methods], column, label)
     need = {row["row"]: row["need_mb"] / 1024 for row in tables["table4"]["rows"]}
     chosen = [f"{method}, batch {batch}" for method in methods for batch in (1, 2)]
     axes[2].barh(chosen, [need[row] for row in chosen], color=[colour(row.split(",")[0]) for row in chosen])
@@ -320,8 +304,9 @@ def _figure1(tables: dict) -> Figure | None:
     return figure
 
 
-def _beside(axis: Axes, names: list[str], cells: list[dict], label: str) -> None:
+def _beside(axis: Axes, rows: list[dict], column: str, label: str) -> None:
     """Bars of ours, a mark at the printed value."""
+    names, cells = [row["row"] for row in rows], [row["cells"][column] for row in rows]
     axis.barh(names, [cell["ours"] or 0 for cell in cells], color=[colour(name) for name in names], label="ours")
     axis.plot([cell["printed"] for cell in cells], names, "D", ms=5, color="0.1", label="printed")
     axis.invert_yaxis()

@@ -14,3 +14,12 @@ def text_table(header: list[str], rows: list[list[str]]) -> str:
 def percent(share: float | None) -> str:
     """A share as whole percent; nothing for None."""
     return "" if share is None else f"{100 * share:.0f} %"
+
+
+def setting(settings: dict) -> str:
+    """The task, model and images of a table of costs, and how it was obtained, in one line."""
+    height, width = settings["size"]
+    kept = ", gradient checkpointing" if settings["checkpointing"] else ""
+    how = settings.get("measured") or f"{settings['rounds']} rounds"
+    images = f"{settings['batch_size']} x {height}x{width}, {settings['precision']}"
+    return f"{settings['task']}, {settings['backbone']}, {images}{kept}; {how}"

@@ -186,6 +186,8 @@ class _DryRun(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func in _IN_PLACE_ON_LISTS and isinstance(args[0][0], FakeTensor):
             return None  # nothing has a number that could change
+        if func in _IN_PLACE and isinstance(args[0], FakeTensor):
+            return (kwargs or {}).get("out", args[0])
         fake = next((x for x in args if isinstance(x, FakeTensor)), None)
         if fake is None:
             return func(*args, **(kwargs or {}))
@@ -209,15 +211,18 @@ _IN_PLACE_ON_LISTS = {
     aten._foreach_lerp_.Scalar, aten._foreach_mul_.Scalar, aten._foreach_addcmul_.Scalar, aten._foreach_add_.Scalar,
     aten._foreach_div_.ScalarList, aten._foreach_addcdiv_.ScalarList,
 }  # fmt: skip
+_IN_PLACE = {
+    aten.add_.Tensor, aten.mul_.Tensor, aten.round_.default, aten.copy_.default, aten.index_copy_.default, aten.add.out,
+}  # fmt: skip
 _LIKE_FIRST = {  # one result, of the first argument's shape
     aten.gelu.default, aten.gelu_backward.default, aten._softmax.default, aten._softmax_backward_data.default,
-    aten.zeros_like.default,
+    aten.zeros_like.default, aten.abs.default, aten.reciprocal.default,
 }  # fmt: skip
 _PLAIN = {
     aten.view.default, aten._unsafe_view.default, aten.t.default, aten.transpose.int, aten.permute.default,
-    aten.expand.default, aten.select.int, aten.squeeze.dim, aten.unsqueeze.default, aten.detach.default,
+    aten.expand.default, aten.slice.Tensor, aten.select.int, aten.squeeze.dim, aten.unsqueeze.default, aten.detach.default,
     aten.clone.default, aten.add.Tensor, aten.mul.Tensor, aten.mm.default,
-    aten.bmm.default, aten.addmm.default, aten.sum.dim_IntList,
+    aten.bmm.default, aten.addmm.default, aten.sum.dim_IntList, aten.amax.default, aten.clamp.default,
     aten.native_layer_norm.default, aten.native_layer_norm_backward.default,
 }  # fmt: skip
 

@@ -1,18 +1,17 @@
 """The interface of a pretrained backbone.
 
-To the methods of this package every backbone is a *trunk*: a map of tokens, (B, H, W, C), passes stages of blocks. A
-block adds two *taps* to the map, equation (5):
+A map of tokens, (B, H, W, C), passes stages of blocks. A block adds two *taps* to the map, equation (5):
 
     x + f_P1(x) + f_P2(x + f_P1(x))
 
-and every stage begins with a reduction of the map. A trunk is a module with
+and every stage begins with a reduction of the map. To the methods of this package a backbone is a module with
 
-    trunk.layers[i].downsample    the reduction, (B, H, W, C) -> (B, H', W', C'); an identity where nothing is reduced
-    trunk.layers[i].blocks        the blocks; each has its width as ``dim`` and a fused projection ``attn.qkv``
+    backbone.layers[i].downsample    the reduction, (B, H, W, C) -> (B, H', W', C'), or an identity
+    backbone.layers[i].blocks        the blocks; each has its width as ``dim`` and a fused projection ``attn.qkv``
 
 Each family of backbones is a module (:mod:`~e3va_lite.backbones.swin`, :mod:`~e3va_lite.backbones.swin_v2`,
-:mod:`~e3va_lite.backbones.vit`, :mod:`~e3va_lite.backbones.dinov3`) that builds trunks and registers implementations of
-the functions below for its classes.
+:mod:`~e3va_lite.backbones.vit`, :mod:`~e3va_lite.backbones.dinov3`) that builds backbones and registers the functions
+below for its classes.
 """
 
 from functools import partial, singledispatch
@@ -22,13 +21,13 @@ from torch import Tensor, nn
 
 
 @singledispatch
-def embed(trunk: nn.Module, images: Tensor) -> Tensor:
+def embed(backbone: nn.Module, images: Tensor) -> Tensor:
     """Images to tokens, (B, 3, H, W) -> (B, H', W', C): the stream's start ``l[0]``.
 
     Raises:
-        InputError: For images that the trunk cannot take.
+        InputError: For images that the backbone cannot take.
     """
-    raise NotImplementedError(f"no family of backbones registers embed for {type(trunk).__name__}")
+    raise NotImplementedError(f"no family of backbones registers embed for {type(backbone).__name__}")
 
 
 @singledispatch
@@ -52,9 +51,9 @@ def freeze(module: nn.Module) -> nn.Module:
     return module.requires_grad_(False).eval()
 
 
-def stage_dims(trunk: nn.Module) -> list[int]:
+def stage_dims(backbone: nn.Module) -> list[int]:
     """Channels of the stages, e.g. [192, 384, 768, 1536] for Swin-L."""
-    return [stage.blocks[0].dim for stage in trunk.layers]
+    return [stage.blocks[0].dim for stage in backbone.layers]
 
 
 class FPNNorms(nn.ModuleDict):
@@ -70,8 +69,8 @@ class FPNNorms(nn.ModuleDict):
         divisor: The sides of images are padded to a multiple of this.
     """
 
-    def __init__(self, trunk: nn.Module, stages: tuple[int, ...], trainable: bool) -> None:
-        dims = stage_dims(trunk)
+    def __init__(self, backbone: nn.Module, stages: tuple[int, ...], trainable: bool) -> None:
+        dims = stage_dims(backbone)
         norm = partial(nn.LayerNorm, eps=1e-5)
         super().__init__({str(stage): norm(dims[stage - 1]) for stage in stages})
         self.requires_grad_(trainable)
@@ -104,39 +103,54 @@ def to_nchw(x: Tensor) -> Tensor:
 
 
 @singledispatch
-def fpn_norms(trunk: nn.Module, stages: tuple[int, ...], trainable: bool) -> FPNNorms:
+def fpn_norms(backbone: nn.Module, stages: tuple[int, ...], trainable: bool) -> FPNNorms:
     """The norms before the neck, which define number, width and stride of the maps.
 
     Args:
         stages: The maps (from 1, the finest) that the task consumes.
     """
-    return FPNNorms(trunk, stages, trainable)
+    return FPNNorms(backbone, stages, trainable)
 
 
-class SideNetwork(nn.Module):
-    """A frozen backbone, the norms before the neck and, in subclasses, what is trained beside the backbone.
+class TunedBackbone(nn.Module):
+    """A pretrained backbone and the norms before the neck: what all fine-tuning methods have in common.
 
     Args:
-        trunk: The pretrained backbone; it is frozen here.
+        backbone: The pretrained backbone. Stages behind the last consumed one are never run, and frozen here: DDP would
+            wait for their gradients.
         stages: The stages (from 1) whose maps the task consumes; norms exist for these only.
         fpn_norm_trainable: Whether the norms before the neck are trained (Table 6).
 
     Attributes:
-        last_stage: The last consumed stage; later ones are not run.
+        last_stage: The last consumed stage.
         out_channels: Channels of each map.
         strides: Pixels per step of each map.
         divisor: See :class:`FPNNorms`.
     """
 
-    def __init__(self, trunk: nn.Module, stages: tuple[int, ...], fpn_norm_trainable: bool) -> None:
+    def __init__(self, backbone: nn.Module, stages: tuple[int, ...], fpn_norm_trainable: bool) -> None:
         super().__init__()
-        self.trunk = freeze(trunk)
-        self.norms = fpn_norms(trunk, stages, fpn_norm_trainable)
+        self.backbone = backbone
+        self.norms = fpn_norms(backbone, stages, fpn_norm_trainable)
         self.last_stage = max(self.norms.stages)
+        backbone.layers[self.last_stage :].requires_grad_(False)
         self.out_channels, self.strides = self.norms.out_channels, self.norms.strides
         self.divisor = self.norms.divisor
 
+
+class SideNetwork(TunedBackbone):
+    """A frozen backbone and, in subclasses, what is trained beside it.
+
+    Args:
+        backbone: The pretrained backbone; it is frozen here.
+        stages: See :class:`TunedBackbone`.
+        fpn_norm_trainable: See :class:`TunedBackbone`.
+    """
+
+    def __init__(self, backbone: nn.Module, stages: tuple[int, ...], fpn_norm_trainable: bool) -> None:
+        super().__init__(freeze(backbone), stages, fpn_norm_trainable)
+
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
-        self.trunk.eval()  # freezing is a mode, too: no stochastic depth in the frozen stream
+        self.backbone.eval()  # freezing is a mode, too: no stochastic depth in the frozen stream
         return self

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .base import FPNNorms, embed, f_p1, f_p2, fpn_norms
 from .hub import from_timm
-from .vit import PyramidNorms, as_trunk, patches, rows_of, to_map, to_tokens
+from .vit import PyramidNorms, as_timm_stages, patches, rows_of, to_map, to_tokens
 
 
 def dinov3_names() -> list[str]:
@@ -21,7 +21,7 @@ def create_dinov3(
 ) -> Eva:
     """As :func:`e3va_lite.backbones.vit.create_vit`, for one of :func:`dinov3_names`."""
     options = {"drop_path_rate": drop_path_rate, "num_classes": 0}
-    vit = as_trunk(from_timm(name, pretrained and weights is None, options), weights)
+    vit = as_timm_stages(from_timm(name, pretrained and weights is None, options), weights)
     for block in vit.layers[0].blocks:
         block.rope = vit.rope.get_embed  # for a grid of patches; shared by all blocks
         block.attn.qkv_bias_separate = True  # equal, and calls the module qkv, which LoRA hooks

@@ -10,7 +10,7 @@ from .swin import create_swin, swin_names
 from .swin_v2 import create_swin_v2, swin_v2_names
 from .vit import create_vit, vit_names
 
-#: Per family, the function that lists its names and the one that builds a trunk from a name.
+#: Per family, the function that lists its names and the one that builds a backbone from a name.
 FAMILIES = (
     (swin_names, create_swin),
     (swin_v2_names, create_swin_v2),
@@ -20,11 +20,11 @@ FAMILIES = (
 
 
 def backbone_names() -> list[str]:
-    """Every backbone that :func:`create_trunk` can build: timm's and the miniatures."""
+    """Every backbone that :func:`create_backbone` can build: timm's and the miniatures."""
     return [name for names, _ in FAMILIES for name in names()]
 
 
-def create_trunk(
+def create_backbone(
     name: str, pretrained: bool = False, weights: str | Path | None = None, drop_path_rate: float = 0.0
 ) -> nn.Module:
     """The backbone of that name, see :mod:`e3va_lite.backbones.base`.

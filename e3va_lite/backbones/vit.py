@@ -1,4 +1,4 @@
-"""Plain Vision Transformers (Dosovitskiy et al. 2021), DINOv2 (Oquab et al. 2024) among them, as trunks of one stage.
+"""Plain Vision Transformers (Dosovitskiy et al. 2021), DINOv2 (Oquab et al. 2024) among them: backbones of one stage.
 
 All blocks work on one map, so nothing is reduced, and the four sizes that a dense task needs come from the simple
 pyramid of ViTDet (Li et al. 2022). The prefix tokens (class, registers) have no place in the map but take part in the
@@ -31,7 +31,7 @@ def vit_names() -> list[str]:
 def create_vit(
     name: str, pretrained: bool = False, weights: str | Path | None = None, drop_path_rate: float = 0.0
 ) -> VisionTransformer:
-    """timm's ViT of that name, as a trunk for images of any size, without classifier and final norm.
+    """timm's ViT of that name, as a backbone for images of any size, without classifier and final norm.
 
     Args:
         name: One of :func:`vit_names`, with or without a pretraining tag.
@@ -43,18 +43,18 @@ def create_vit(
         InputError: For weights that do not fit, or a hub that cannot be reached.
     """
     options = {"dynamic_img_size": True, "drop_path_rate": drop_path_rate, "num_classes": 0}
-    return as_trunk(from_timm(name, pretrained and weights is None, options), weights)
+    return as_timm_stages(from_timm(name, pretrained and weights is None, options), weights)
 
 
 class OneStage(nn.Module):
-    """All blocks of a plain ViT as one stage, the way a trunk holds them."""
+    """All blocks of a plain ViT as one stage, as :mod:`e3va_lite.backbones.base` asks for."""
 
     def __init__(self, blocks: nn.Module) -> None:
         super().__init__()
         self.downsample, self.blocks = nn.Identity(), nn.ModuleList(blocks)
 
 
-def as_trunk(vit: nn.Module, weights: str | Path | None = None) -> nn.Module:
+def as_timm_stages(vit: nn.Module, weights: str | Path | None = None) -> nn.Module:
     """A plain ViT of timm with its blocks under ``layers``; changed in place.
 
     Args:
@@ -122,7 +122,7 @@ def _(vit: VisionTransformer, stages: tuple[int, ...], trainable: bool) -> FPNNo
 
 
 class PyramidNorms(FPNNorms):
-    """The norm after the only stage, and ViTDet's simple pyramid: maps of 4, 2, 1 and 1/2 times the trunk's size.
+    """The norm after the only stage, and ViTDet's simple pyramid: maps of 4, 2, 1 and 1/2 times the backbone's size.
 
     The pyramid belongs to the neck and is trained in every method.
     """
@@ -139,7 +139,7 @@ class PyramidNorms(FPNNorms):
         self.prefix = vit.num_prefix_tokens
 
     def finish(self, maps: list[Tensor], images: Tensor) -> list[Tensor]:
-        """The trunk's map with its extra rows, (B, C, rows + H, W) -> a list of (B, C_i, ceil(H/s_i), ceil(W/s_i))."""
+        """The map and its extra rows, (B, C, rows + H, W) -> a list of (B, C_i, ceil(H/s_i), ceil(W/s_i))."""
         (x,) = maps
         x = x[:, :, rows_of(self.prefix, x.shape[3]) :]
         sizes = [[int(-(-side // stride)) for side in images.shape[-2:]] for stride in self.strides]

@@ -49,7 +49,7 @@ IGNORED = re.compile(
 )
 
 
-def load_weights(trunk: nn.Module, path: str | Path) -> None:
+def load_weights(backbone: nn.Module, path: str | Path) -> None:
     """Fill timm's model with the weights in a local file; float16 and bfloat16 become the model's own type.
 
     Understands timm's, Microsoft's and mmsegmentation's key namings, bare, inside a training checkpoint
@@ -57,8 +57,8 @@ def load_weights(trunk: nn.Module, path: str | Path) -> None:
     The larger model's other parts are left out, as are classifier head, final norm, FPN norms and buffers.
 
     Args:
-        trunk: timm's model, its ``norm`` and ``head`` replaced by ``nn.Identity()``. Changed in place; left exactly as
-            it was if anything is wrong.
+        backbone: timm's model, its ``norm`` and ``head`` replaced by ``nn.Identity()``. Changed in place; left exactly
+            as it was if anything is wrong.
         path: A ``.safetensors``, ``.pth``, ``.pt``, ``.bin`` or ``.ckpt`` file.
 
     Raises:
@@ -66,7 +66,7 @@ def load_weights(trunk: nn.Module, path: str | Path) -> None:
             another shape than the model's, or not finite.
     """
     path = Path(path)
-    found = _innermost_trunk(_read(path), path)  # the file's keys, prefix off
+    found = _innermost_backbone(_read(path), path)  # the file's keys, prefix off
     is_mmseg = any(key.startswith("stages.") for key in found)
     merges_last = is_mmseg or any(key.startswith("layers.0.downsample.") for key in found)
 
@@ -75,21 +75,21 @@ def load_weights(trunk: nn.Module, path: str | Path) -> None:
         if not IGNORED.search(file_key):
             key = _timm_key(file_key, is_mmseg, merges_last)
             weights[key], file_keys[key] = tensor, file_key
-    _check(weights, file_keys, trunk.state_dict(), path)
+    _check(weights, file_keys, backbone.state_dict(), path)
 
     if is_mmseg:
         weights = {key: _from_unfold(tensor) if ".downsample." in key else tensor for key, tensor in weights.items()}
-    trunk.load_state_dict(weights)
+    backbone.load_state_dict(weights)
 
 
-def fingerprint(trunk: nn.Module) -> str:
+def fingerprint(backbone: nn.Module) -> str:
     """SHA-256 of a model's pretrained weights, as 64 hexadecimal digits.
 
     Depends on names and float32 values only, not on the file that the weights came from, nor on device or order.
     Adapters store it, so that they are never put beside weights that they were not trained with.
     """
     digest = hashlib.sha256()
-    for key, tensor in sorted(trunk.state_dict().items()):
+    for key, tensor in sorted(backbone.state_dict().items()):
         digest.update(key.encode())
         digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy())
     return digest.hexdigest()
@@ -138,7 +138,7 @@ def _unpickle(path: Path) -> object:
         ) from error
 
 
-def _innermost_trunk(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+def _innermost_backbone(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     """Only the backbone's tensors, without the prefix that a larger model gave their names."""
     # Every backbone has exactly one patch embedding; what stands before its name stands before all the others.
     anchor = re.compile(r"^(|.*\.)patch_embed\.proj(?:ection)?\.weight$")

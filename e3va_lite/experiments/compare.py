@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset
 
-from ..analysis.cost import interleaved_seconds, with_method
+from ..analysis.cost import interleaved_seconds, median_share, share, with_method
 from ..analysis.text import text_table
 from ..analysis.training_step import Step
 from ..backbones.base import trainable_parameters
@@ -76,7 +76,7 @@ def compare(
         for spec in methods:  # methods inside seeds: after each seed all of them stand side by side
             seeded = replace(recipes[spec], seed=seed)
             model = build_model(seeded, num_classes)
-            weights = fingerprint(model.backbone.body.trunk)
+            weights = fingerprint(model.backbone.body.backbone)
             run = {"task": task, "recipe": asdict(seeded), "weights": weights}
             done = next((line["ap50"] for line in known if line.items() >= run.items()), None)
             if done is None:
@@ -88,27 +88,18 @@ def compare(
     cost = _cost(models, recipes, train_set, device)
     rows = []
     for spec in methods:
-        row = {
-            "method": spec,
-            "ap50": round(statistics.fmean(ap[spec]), 4),
-            "ap50_by_seed": [round(x, 4) for x in ap[spec]],
-        }
+        row = {"method": spec, "ap50": round(statistics.fmean(ap[spec]), 4)}
+        row |= {"ap50_by_seed": [round(x, 4) for x in ap[spec]]}
         rows.append(row | {"trainable": trainable_parameters(models[spec].backbone.body)} | cost[spec])
     if "full" in methods:
-        whole = rows[methods.index("full")]
+        for key in ("ap50", "trainable", "peak_bytes"):
+            share(rows, key, f"{key}_of_full")
+        whole = rows[methods.index("full")]["step_seconds_by_round"]
         for row in rows:
-            for key in ("ap50", "trainable", "peak_bytes"):
-                row[f"{key}_of_full"] = round(row[key] / whole[key], 4) if whole[key] else None
-            ratios = [a / b for a, b in zip(row["step_seconds_by_round"], whole["step_seconds_by_round"], strict=True)]
-            row["step_seconds_of_full"] = round(statistics.median(ratios), 4)
+            row["step_seconds_of_full"] = median_share(row["step_seconds_by_round"], whole)
     differences = [] if seeds == 1 else [_difference(ap, methods[-1], other) for other in methods[:-1]]
-    return {
-        "task": task,
-        "rows": rows,
-        "differences": differences,
-        "recipe": asdict(recipe),
-        **machine(recipe, device),
-    }
+    about = {"recipe": asdict(recipe), **machine(recipe, device)}
+    return {"task": task, "rows": rows, "differences": differences, **about}
 
 
 def _cost(models: dict, recipes: dict, dataset: Dataset, device: torch.device) -> dict[str, dict]:
@@ -126,32 +117,20 @@ def _cost(models: dict, recipes: dict, dataset: Dataset, device: torch.device) -
 
 def _difference(ap: dict[str, list[float]], method: str, other: str) -> dict:
     found = difference(ap[method], ap[other])
-    return {
-        "method": method,
-        "minus": other,
-        "mean": round(found.mean, 4),
-        "interval95": [round(found.low, 4), round(found.high, 4)],
-    }
+    mean, *interval = (round(x, 4) for x in (found.mean, found.low, found.high))
+    return {"method": method, "minus": other, "mean": mean, "interval95": interval}
 
 
 def as_text(result: dict) -> str:
     """The table for a terminal."""
 
-    def share(row: dict, key: str) -> str:
-        value = row.get(f"{key}_of_full")
-        return "" if value is None else f" ({100 * value:.0f}%)"
+    def cell(row: dict, key: str, form: str, unit: int = 1) -> str:
+        share = row.get(f"{key}_of_full")
+        return format(row[key] / unit, form) + ("" if share is None else f" ({100 * share:.0f}%)")
 
     header = ["method", "AP at IoU .5", "trainable parameters", "peak memory, MiB", "seconds per step"]
-    rows = [
-        [
-            row["method"],
-            f"{row['ap50']:.3f}" + share(row, "ap50"),
-            f"{row['trainable']:,}" + share(row, "trainable"),
-            f"{row['peak_bytes'] / 2**20:.0f}" + share(row, "peak_bytes"),
-            f"{row['step_seconds']:.3f}" + share(row, "step_seconds"),
-        ]
-        for row in result["rows"]
-    ]
+    columns = (("ap50", ".3f"), ("trainable", ",.0f"), ("peak_bytes", ".0f", 2**20), ("step_seconds", ".3f"))
+    rows = [[row["method"], *(cell(row, *column) for column in columns)] for row in result["rows"]]
     lines = [text_table(header, rows)]
     if "ap50_of_full" in result["rows"][0]:
         lines.append(

@@ -26,7 +26,7 @@ import torch
 from torch.utils.data import Subset
 from tqdm import tqdm
 
-from ..analysis.cost import interleaved_seconds, with_method
+from ..analysis.cost import interleaved_seconds, median_share, with_method
 from ..analysis.training_step import Step, build_step, training_size
 from ..backbones.base import trainable_parameters
 from ..backbones.swin import create_swin
@@ -209,17 +209,14 @@ def _rates(tried: dict[float, float | None]) -> list[float]:
 
 def write_data(data: Path, studies: Iterable[str]) -> None:
     """The scenes of the studies below ``data``; what is there stays."""
-    for recipe in {STUDIES[study].recipe for study in studies}:
-        loaded = load_recipe(recipe)
-        for name, seed, train, val in (
+    for name in {STUDIES[study].recipe for study in studies}:
+        recipe = load_recipe(name)
+        size = training_size(recipe)[0]
+        for purpose, seed, train, val in (
             ("test", TEST_SCENES, TRAIN_IMAGES, TEST_IMAGES),
             ("choose", CHOOSE_SCENES, 1, CHOOSE_IMAGES),
         ):
-            write_scenes(_scenes(data, loaded, name), loaded.task, train, val, seed, training_size(loaded)[0], WORLD)
-
-
-def _scenes(data: Path, recipe: Recipe, name: str) -> Path:
-    return data / f"{recipe.task}-{name}"
+            write_scenes(data / f"{recipe.task}-{purpose}", recipe.task, train, val, seed, size, WORLD)
 
 
 def perform(recipe: Recipe, images: int | None, purpose: str, data: Path, device: str) -> dict:
@@ -233,8 +230,8 @@ def perform(recipe: Recipe, images: int | None, purpose: str, data: Path, device
         data: Folder of the scenes.
     """
     task, where = task_module(recipe.task), torch.device(device)
-    train_set = task.dataset(recipe, _scenes(data, recipe, "test"), recipe.train_split, recipe.classes, train=True)
-    judged = task.dataset(recipe, _scenes(data, recipe, purpose), recipe.eval_split, train_set.classes)
+    train_set = task.dataset(recipe, data / f"{recipe.task}-test", recipe.train_split, recipe.classes, train=True)
+    judged = task.dataset(recipe, data / f"{recipe.task}-{purpose}", recipe.eval_split, train_set.classes)
     model = build_model(recipe, len(train_set.classes))
     shown = train_set if images is None else Subset(train_set, range(images))
     line = {"trainable": trainable_parameters(model.backbone.body), **machine(recipe, where)}
@@ -289,7 +286,7 @@ def run_experiment(
     total = sum(seeds_of(*pair) + len(FIRST_RATES) + 1 for pair in arms)  # about: some try more learning rates
     counted = {(study, arm) for study, arm in arms}
     with (
-        ProcessPoolExecutor(jobs, get_context("spawn"), _settle) as pool,
+        ProcessPoolExecutor(jobs, get_context("spawn"), _init_worker) as pool,
         tqdm(total=total, initial=sum((x["study"], x["arm"]) in counted for x in known), unit="run") as bar,
     ):
         try:
@@ -329,18 +326,18 @@ def measure_costs(arms: Iterable[tuple[str, str]], device: torch.device, rounds:
         steps = {arm: build_step(recipe, size, device) for arm, recipe in recipes.items()}
         peaks = {arm: step.ledger().peak for arm, step in steps.items()}
         training = {arm: x["step"] for arm, x in interleaved_seconds(steps, rounds, device).items()}
-        looking = {arm: _Looking(step) for arm, step in steps.items()}
-        inference = {arm: x["step"] for arm, x in interleaved_seconds(looking, rounds, device).items()}
+        passes = {arm: _Inference(step) for arm, step in steps.items()}
+        inference = {arm: x["step"] for arm, x in interleaved_seconds(passes, rounds, device).items()}
         rows = []
         for arm in steps:
             row = {"arm": arm, "peak": peaks[arm], "seconds": round(float(np.median(training[arm])), 5)}
             if "full" in training:
-                row["seconds_of_full"] = round(float(np.median(training[arm] / training["full"])), 4)
+                row["seconds_of_full"] = median_share(training[arm], training["full"])
             rows.append(row | {"images_per_second": round(float(any_of_them.batch / np.median(inference[arm])), 2)})
         yield {"purpose": "cost", "study": study, "rounds": rounds, "rows": rows, **machine(any_of_them, device)}
 
 
-class _Looking:
+class _Inference:
     """The backbone's part of inference, to be timed like a training step."""
 
     def __init__(self, step: Step) -> None:
@@ -352,11 +349,9 @@ class _Looking:
     def forward(self) -> None:
         self.body(self.images)
 
-    def backward(self, loss: None) -> None:
-        pass
+    def backward(self, loss: None) -> None: ...
 
-    def update(self) -> None:
-        pass
+    def update(self) -> None: ...
 
 
 def _is_ours(line: dict) -> bool:
@@ -367,14 +362,14 @@ def _is_ours(line: dict) -> bool:
     return json.loads(json.dumps(setting(run))).items() <= line.items()
 
 
-def _settle() -> None:
-    """What a process does before its first run: one thread, not a word of its own, and an end with the experiment."""
-    threading.Thread(target=_end_with, args=(parent_process(),), daemon=True).start()
+def _init_worker() -> None:
+    """Before a process's first run: one thread, no warnings or progress bars, and an exit when the parent exits."""
+
+    def exit_with_parent(parent: BaseProcess) -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=exit_with_parent, args=(parent_process(),), daemon=True).start()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    sys.stderr = open(os.devnull, "w")  # noqa: SIM115, progress bars of single runs, for as long as the process lives
-
-
-def _end_with(process: BaseProcess) -> None:
-    process.join()
-    os._exit(1)
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115, for as long as the process lives

@@ -2,12 +2,12 @@
 
 Memory is predicted by dry runs of the literal equations in float32, for two images of one size per task, plus a fixed
 overhead for what a counted step does not hold: the CUDA context, the libraries' workspaces, fragmentation. Size and
-overhead are conventions. Both were chosen on Table 2 alone (:func:`fit_conventions`); Tables 1 and 4 are predictions.
+overhead are conventions. Both were chosen on Table 2 alone (``data/results/paper-conventions.json``); Tables 1 and 4
+are predictions.
 The hours of Table 3 become shares of full fine-tuning, beside measured shares of a training step's time.
 """
 
 import json
-import math
 import warnings
 from functools import cache, partial
 from pathlib import Path
@@ -22,7 +22,6 @@ from ..methods.registry import METHODS, build_backbone
 from ..recipes.schema import load_recipe
 
 SWIN_L, SWIN_B = "swin_large_patch4_window7_224", "swin_base_patch4_window7_224"
-DIMS, DEPTHS = {SWIN_L: (192, 384, 768, 1536), SWIN_B: (128, 256, 512, 1024)}, (2, 2, 18, 2)
 
 # The conventions. Height and width of a training image: VOC's is the stand-in's only one, COCO's is the one among the
 # stand-in's that brings Table 2's megabytes nearest; padded to multiples of 32, as detectors do.
@@ -51,8 +50,17 @@ WHAT_IS_TRAINED = {
 
 @cache
 def printed() -> dict[str, dict]:
-    """What the paper prints: ``table1`` to ``table4``, each its ``columns`` and a list per row."""
+    """What the paper prints: ``table1`` to ``table6``, each its ``columns`` and a list per row.
+
+    Then what is known about cells of Tables 1 and 2: ``contradictions`` and ``differences``, by table and row.
+    """
     return yaml.safe_load((Path(__file__).parent / "paper.yaml").read_text())
+
+
+def printed_value(table: str, column: str, row: str) -> float | None:
+    """One number of the paper; None where the paper has no such row, or the number is not legible."""
+    values = printed()[table].get(row)
+    return None if values is None else values[printed()[table]["columns"].index(column)]
 
 
 def parameter_table(backbone: str) -> dict:
@@ -67,11 +75,11 @@ def parameter_table(backbone: str) -> dict:
     Raises:
         InputError: For an unknown backbone.
     """
-    table = printed().get({SWIN_L: "table1", SWIN_B: "table2"}.get(backbone.split(".")[0]), {})
+    table = {SWIN_L: "table1", SWIN_B: "table2"}.get(backbone.split(".")[0])
     rows = []
     for method in METHODS:
         count = _trainable(backbone, method)
-        millions = table[method][0] if table else None
+        millions = printed_value(table, "parameters", method) if table else None
         note = WHAT_IS_TRAINED[method]
         if millions is not None and abs(count / 1e6 - millions) > 0.0051:  # more than rounding to two places can hide
             note += f"; {100 * (count / 1e6 / millions - 1):+.1f} % from the printed number, unexplained"
@@ -113,14 +121,12 @@ def paper_tables(numbers: list[int], times: Path = TIMES) -> dict:
         rows = _memory_rows("table2", "coco", peaks, counts)
         tables["table2"] = {"title": "Table 2: Swin-B, Cascade Mask R-CNN on COCO", "rows": rows}
     if 3 in numbers:
-        rows = _time_rows(times)
-        tables["table3"] = {"title": "Table 3: training time, percent of full fine-tuning", "rows": rows}
+        tables["table3"] = {"title": "Table 3: training time, percent of full fine-tuning", "rows": _time_rows(times)}
     if 4 in numbers:
         rows = _fit_rows(peaks)
-        cells = [cell for row in rows for cell in row["cells"].values()]
-        agree = sum(cell["difference"] == 0 for cell in cells)
+        agree = [cell["difference"] == 0 for row in rows for cell in row["cells"].values()]
         title = "Table 4: which cards train Swin-L with Cascade Mask R-CNN"
-        tables["table4"] = {"title": title, "agree": agree, "cells": len(cells), "rows": rows}
+        tables["table4"] = {"title": title, "agree": sum(agree), "cells": len(agree), "rows": rows}
     return tables
 
 
@@ -177,15 +183,13 @@ def _jobs(numbers: list[int]) -> list[Job]:
     return list(dict.fromkeys(jobs))
 
 
-def _dry_runs(
-    jobs: list[Job], counted: list[tuple[str, str]] = (), sizes: dict[str, tuple[int, int]] = SIZES
-) -> tuple[dict[Job, float], dict[tuple[str, str], int]]:
+def _dry_runs(jobs: list[Job], counted: list[tuple[str, str]]) -> tuple[dict[Job, float], dict[tuple[str, str], int]]:
     """MB of each job's training step, without the overhead; trainable parameters of each backbone and method."""
     calls = []
     for task, backbone, method, batch in jobs:
         literal = {"memory": "reference"} if method.startswith("e3va") else {}
         recipe = load_recipe(task, {"backbone": backbone, "method": method, "options": literal})
-        calls.append(partial(dry_peak, recipe, sizes[task], batch))
+        calls.append(partial(dry_peak, recipe, SIZES[task], batch))
     found = in_parallel([*calls, *(partial(_trainable, *pair) for pair in counted)], "dry runs")
     peaks = {job: peak / MIB for job, peak in zip(jobs, found[: len(jobs)], strict=True)}
     return peaks, dict(zip(counted, found[len(jobs) :], strict=True))
@@ -201,75 +205,39 @@ def _rows(table: str) -> list[str]:
     return [row for row in printed()[table] if row != "columns"]
 
 
-def _column(table: str, row: str, column: str) -> float:
-    return printed()[table][row][printed()[table]["columns"].index(column)]
-
-
 def _body(table: str, row: str) -> str:
     return SWIN_L if table == "table1" or "Swin-L" in row else SWIN_B
 
 
 def _memory_rows(table: str, task: str, peaks: dict[Job, float], counts: dict[tuple[str, str], int]) -> list[dict]:
     backbone, overhead = _body(table, "full"), OVERHEAD / MIB
-    whole = peaks[task, backbone, "full", BATCH] + overhead
+    whole, whole_printed = peaks[task, backbone, "full", BATCH] + overhead, printed_value(table, "memory", "full")
     rows = []
     for row in _rows(table):
         method, body = row.split()[0], _body(table, row)
         ours = peaks[task, body, method, BATCH] + overhead
-        memory = _column(table, row, "memory")
+        parameters, memory, *scores = printed()[table][row]
         cells = {
-            "parameters": _cell(
-                _column(table, row, "parameters"), round(counts[body, method] / 1e6, 2), "counted, millions"
-            ),
+            "parameters": _cell(parameters, round(counts[body, method] / 1e6, 2), "counted, millions"),
             "memory": _cell(memory, round(ours), "dry run, MB"),
         }
         note = ""
         if body == backbone and method != "full":
-            saved = _cell(
-                round(100 * (1 - memory / _column(table, "full", "memory")), 1),
-                round(100 * (1 - ours / whole), 1),
-                "dry run, percent of full",
-                1,
-            )
-            cells["saved"] = saved
-            note = _why(table, method, task, backbone, saved["difference"])
-        for column in printed()[table]["columns"][2:]:
-            cells[column] = _cell(_column(table, row, column), None, "not measured: takes the dataset and weeks")
+            saved, saved_printed = (round(100 * (1 - x), 1) for x in (ours / whole, memory / whole_printed))
+            cells["saved"] = _cell(saved_printed, saved, "dry run, percent of full", 1)
+            note = _why(table, row, cells["saved"]["difference"])
+        for column, score in zip(printed()[table]["columns"][2:], scores, strict=True):
+            cells[column] = _cell(score, None, "not measured: takes the dataset and weeks")
         rows.append({"row": row, "cells": cells, "note": note})
     return rows
 
 
-def _why(table: str, method: str, task: str, backbone: str, difference: float) -> str:
+def _why(table: str, row: str, difference: float) -> str:
     """What is known about a saving that is not the paper's."""
-    if abs(difference) <= TOLERANCE and method != "partial1":
-        return ""
-    memory = {row: _column(table, row, "memory") for row in _rows(table)}
-    said = f"{difference:+.1f} points; "
-    if method.startswith("e3va"):
-        height, width = SIZES[task]
-        taps = sum(
-            2 * depth * BATCH * math.ceil(height / 2 ** (i + 2)) * math.ceil(width / 2 ** (i + 2)) * dim * 4
-            for i, (depth, dim) in enumerate(zip(DEPTHS, DIMS[backbone], strict=True))
-        )
-        return (
-            f"{said}printed {memory[method] - memory['fixed']} MB above fixed. Its taps alone are {taps / MIB:.0f} MB "
-            "in float32 at this size, and the literal equations keep about as much again on both sides of the GeLU."
-        )
-    if method == "partial1" and memory[method] < memory["fixed"]:
-        return "printed below fixed, which does less: both cannot be right."
-    if abs(difference) <= TOLERANCE:
-        return ""
-    if method == "bitfit":
-        return (
-            f"{said}printed {memory[method] - memory['norm']} MB above norm, although a bias asks for no activation "
-            "that norm-tuning does not keep too; unexplained."
-        )
-    if memory[method] < memory["norm"] and method in ("adapter", "lora"):
-        return (
-            f"{said}printed {memory['norm'] - memory[method]} MB below norm, although it passes the same layers and "
-            "keeps its own activations on top; unexplained."
-        )
-    return f"{said}unexplained."
+    if known := printed()["contradictions"].get(table, {}).get(row):
+        return known
+    known = printed()["differences"][table].get(row, "unexplained.")
+    return f"{difference:+.1f} points; {known}" if abs(difference) > TOLERANCE else ""
 
 
 def _fit_rows(peaks: dict[Job, float]) -> list[dict]:
@@ -280,9 +248,9 @@ def _fit_rows(peaks: dict[Job, float]) -> list[dict]:
             need = peaks["coco", SWIN_L, method, batch] + overhead
             # The same model's printed memory on Swin-B, times what Swin-L and this batch need more of it.
             growth = need / (peaks["coco", SWIN_B, method, BATCH] + overhead)
-            from_table2 = _column("table2", method, "memory") * growth
+            from_table2 = printed_value("table2", "memory", method) * growth
             if method == "e3va" and batch == BATCH:
-                from_table2 = _column("table2", "e3va on Swin-L", "memory")
+                from_table2 = printed_value("table2", "memory", "e3va on Swin-L")
             cells, wrong = {}, []
             for card, yes in zip(printed()["table4"]["columns"], fits, strict=True):
                 room = CARDS[card] * GIB / MIB
@@ -290,13 +258,12 @@ def _fit_rows(peaks: dict[Job, float]) -> list[dict]:
                 if cells[card]["difference"]:
                     agrees = (from_table2 <= room) == (need <= room)
                     wrong.append(f"{card} ({room:.0f} MB): Table 2 {'says so too' if agrees else 'says otherwise'}")
-            note = ""
-            if wrong:
-                note = (
-                    f"we need {need:.0f} MB; Table 2's figure, carried over to Swin-L and this batch, is "
-                    f"{from_table2:.0f} MB. {'; '.join(wrong)}."
-                )
-            rows.append({"row": f"{method}, batch {batch}", "cells": cells, "note": note, "need_mb": round(need)})
+            note = (
+                f"we need {need:.0f} MB; Table 2's figure, carried over to Swin-L and this batch, is "
+                f"{from_table2:.0f} MB. {'; '.join(wrong)}."
+            )
+            row = {"row": f"{method}, batch {batch}", "cells": cells, "note": note if wrong else ""}
+            rows.append(row | {"need_mb": round(need)})
     return rows
 
 
@@ -316,48 +283,9 @@ def _time_rows(folder: Path) -> list[dict]:
     for method in _rows("table3"):
         cells = {}
         for task in printed()["table3"]["columns"]:
-            hours, whole = _column("table3", method, task), _column("table3", "full", task)
+            hours, whole = (printed_value("table3", task, row) for row in (method, "full"))
             ours, how = shares[task].get(method, (None, "not measured: run e3va time"))
             cells[task] = _cell(round(100 * hours / whole, 1), None if ours is None else round(100 * ours, 1), how, 1)
             cells[task]["hours"] = hours
         rows.append({"row": method, "cells": cells, "note": ""})
     return rows
-
-
-def fit_conventions(sizes: list[tuple[int, int]]) -> dict:
-    """Choose size and overhead on Table 2, and say how many cells of Table 4 each size would explain.
-
-    For each size: the overhead that brings the thirteen figures in megabytes nearest (least squares), with the error
-    that remains; the overhead that brings the twelve savings nearest. The size is taken by the first, the overhead by
-    the second. For Table 4 two peaks per method are dry runs at that size.
-
-    Returns:
-        ``{"rows": [{"size", "overhead_mb", "error_mb", "overhead_savings", "error_savings", "table4"}, ...]}``
-    """
-    rows = []
-    for size in sizes:
-        peaks, _ = _dry_runs(_jobs([2, 4]), sizes={"coco": size})
-        ours = [peaks[job] for job in _jobs([2])]
-        paper = [_column("table2", row, "memory") for row in _rows("table2")]
-        row: dict = {"size": list(size)}
-        for name, error in (("mb", _error_in_mb), ("savings", _error_in_savings)):
-            best = min(range(0, 8000, 10), key=lambda overhead: error(ours, paper, overhead))
-            row |= {f"overhead_{name}": best, f"error_{name}": round(error(ours, paper, best), 2)}
-        row["table4"] = sum(
-            (peaks["coco", SWIN_L, method, batch] + OVERHEAD / MIB <= CARDS[card] * GIB / MIB) == yes
-            for method in _rows("table4")
-            for batch, fits in zip((1, 2), printed()["table4"][method], strict=True)
-            for card, yes in zip(printed()["table4"]["columns"], fits, strict=True)
-        )
-        rows.append(row)
-    return {"rows": rows}
-
-
-def _error_in_mb(ours: list[float], paper: list[float], overhead: float) -> float:
-    return math.sqrt(sum((a + overhead - b) ** 2 for a, b in zip(ours, paper, strict=True)) / len(paper))
-
-
-def _error_in_savings(ours: list[float], paper: list[float], overhead: float) -> float:
-    """In percentage points; the last row is another backbone and has no ``full``."""
-    shares = [100 * ((a + overhead) / (ours[0] + overhead) - b / paper[0]) for a, b in zip(ours, paper, strict=True)]
-    return math.sqrt(sum(x**2 for x in shares[1:-1]) / len(shares[1:-1]))

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from ..backbones.weights import fingerprint
 from ..datasets.photographs import read_photographs
 from ..errors import InputError
+from ..files import replacing
 from ..methods.registry import build_backbone
 from .pretrain_photographs import PhotographObjective, Teacher
 from .pretrain_shapes import GeneratedObjective
@@ -80,19 +81,17 @@ def pretrain(objective: nn.Module, settings: dict, out: Path, device: torch.devi
     Raises:
         InputError: When ``out`` exists and ``overwrite`` is not set, or a run of other settings was cut off there.
     """
-    name, steps, batch, lr, seed, ema = (settings[key] for key in ("backbone", "steps", "batch", "lr", "seed", "ema"))
-    begun_with = {
-        **objective.card(),
-        "settings": {"backbone": name, "steps": steps, "batch": batch, "lr": lr, "seed": seed, "ema": ema},
-    }
+    own = {key: settings[key] for key in ("backbone", "steps", "batch", "lr", "seed", "ema")}
+    name, steps, batch, lr, seed, ema = own.values()
+    begun_with = {**objective.card(), "settings": own}
     if out.exists() and not overwrite:
         raise InputError(f"'{out}' exists: choose another --out or pass --overwrite.")
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_suffix(".partial")
-    state = _read_state(partial, begun_with) if partial.exists() else {"step": 0, "seconds": 0.0}
     torch.manual_seed(seed)
     objective = objective.to(device)
     weights = {key: value for key, value in objective.named_parameters() if value.requires_grad}
+    state = _read_state(partial, begun_with, weights) if partial.exists() else {"step": 0, "seconds": 0.0}
     optimizer = torch.optim.AdamW(
         [
             {"params": [p for p in weights.values() if p.ndim > 1], "weight_decay": 0.05},
@@ -113,17 +112,10 @@ def pretrain(objective: nn.Module, settings: dict, out: Path, device: torch.devi
     start, began = state["step"], time.monotonic()
 
     def write_state(step: int) -> None:
-        written = {
-            "weights": weights,
-            "optimizer": optimizer.state_dict(),
-            "schedule": schedule.state_dict(),
-            "average": average,
-            "begun_with": begun_with,
-            "step": step,
-            "seconds": state["seconds"] + time.monotonic() - began,
-        }
-        torch.save(written, partial.with_suffix(".tmp"))
-        partial.with_suffix(".tmp").replace(partial)
+        written = {"weights": weights, "average": average, "begun_with": begun_with, "step": step}
+        written |= {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+        with replacing(partial) as unfinished:
+            torch.save(written | {"seconds": state["seconds"] + time.monotonic() - began}, unfinished)
 
     saved, done = time.monotonic(), start
     objective.train()
@@ -150,27 +142,23 @@ def pretrain(objective: nn.Module, settings: dict, out: Path, device: torch.devi
         raise
     seconds = state["seconds"] + time.monotonic() - began
 
-    score, accuracy = objective.accuracy(seed, device)
-    is_average = False
-    if ema:
-        last = {key: value.detach().clone() for key, value in weights.items()}
-        objective.load_state_dict(average, strict=False)
-        score_of_average, accuracy_of_average = objective.accuracy(seed, device)
-        is_average = score_of_average > score
-        if is_average:
-            accuracy = accuracy_of_average
-        else:
-            objective.load_state_dict(last, strict=False)
-    trunk = objective.backbone.trunk
-    save_file({key: value.half().contiguous().cpu() for key, value in trunk.state_dict().items()}, out)
+    candidates = [{key: value.detach().clone() for key, value in weights.items()}, *([average] if ema else [])]
+    answers = []
+    for candidate in candidates:
+        objective.load_state_dict(candidate, strict=False)
+        answers.append(objective.accuracy(seed, device))
+    best = max(range(len(candidates)), key=lambda i: answers[i][0])  # of equals the first
+    objective.load_state_dict(candidates[best], strict=False)
+    backbone = objective.backbone.backbone
+    save_file({key: value.half().contiguous().cpu() for key, value in backbone.state_dict().items()}, out)
     card = {
         "what": f"{name}, pretrained by e3va_lite",
         **begun_with,
         "images_seen": steps * batch,
-        **accuracy,
-        "weights_are_a_moving_average": is_average,
-        "parameters": sum(p.numel() for p in trunk.parameters()),
-        "fingerprint": fingerprint(trunk.half().float()),
+        **answers[best][1],
+        "weights_are_a_moving_average": best == 1,
+        "parameters": sum(p.numel() for p in backbone.parameters()),
+        "fingerprint": fingerprint(backbone.half().float()),
         "seconds": round(seconds),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU",
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
@@ -181,15 +169,15 @@ def pretrain(objective: nn.Module, settings: dict, out: Path, device: torch.devi
     return card
 
 
-def _read_state(partial: Path, wanted: dict) -> dict:
+def _read_state(partial: Path, wanted: dict, weights: dict) -> dict:
     """The state of a run that was cut off.
 
     Raises:
-        InputError: If the file is damaged or is of a run with other settings or images.
+        InputError: If the file is damaged or is of a run with other settings, images or weights.
     """
     try:
         state = torch.load(partial, map_location="cpu", weights_only=True)
-        begun = state["begun_with"]
+        begun, trained = state["begun_with"], state["weights"].keys()
     except Exception as error:  # arbitrary bytes make the reader raise nearly anything
         raise InputError(
             f"'{partial}', the state of a run that was cut off, cannot be read ({type(error).__name__}): remove it to "
@@ -201,6 +189,8 @@ def _read_state(partial: Path, wanted: dict) -> dict:
         for key in dict.fromkeys([*begun, *wanted])
         if key != "settings" and begun.get(key) != wanted.get(key)
     ]
+    if trained != weights.keys():
+        other.append("weights of another version of this package")
     if other:
         raise InputError(
             f"'{partial}' was begun with other settings ({'; '.join(other)}): repeat them to go on, remove the file to "

@@ -118,41 +118,6 @@ def _two_colours(rng: np.random.Generator) -> np.ndarray:
             return pair
 
 
-class DenseModel(nn.Module):
-    """A backbone and the throw-away head: all four maps projected, upsampled and added, from coarse to fine."""
-
-    def __init__(self, backbone: nn.Module, channels: int = 64) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.projections = nn.ModuleList(nn.Conv2d(width, channels, 1) for width in backbone.out_channels)
-        self.outlines = nn.Conv2d(channels, len(PRETRAIN_OUTLINES) + 1, 1)
-        self.textures = nn.Conv2d(channels, len(TEXTURES), 1)
-        self.distances = nn.Conv2d(channels, DISTANCES, 1)
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        finest, *coarser = [project(x) for project, x in zip(self.projections, self.backbone(images), strict=True)]
-        x = coarser.pop()
-        for finer in [*reversed(coarser), finest]:
-            x = finer + F.interpolate(x, finer.shape[-2:], mode="bilinear")
-        x = F.gelu(x)  # (B, channels, H/4, W/4)
-        return self.outlines(x), self.textures(x), self.distances(x)
-
-
-def dense_loss(
-    model: nn.Module, images: Tensor, outlines: Tensor, textures: Tensor, distances: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The losses of the three questions: outline, texture, distances."""
-    outline_logits, texture_logits, guesses = model(normalise(images))
-    weight = torch.ones(outline_logits.shape[1], device=images.device)
-    weight[0] = BACKGROUND_WEIGHT
-    off = (guesses - distances).abs().mean(dim=1)[outlines > 0]
-    return (
-        F.cross_entropy(outline_logits, outlines, weight=weight),
-        F.cross_entropy(texture_logits, textures, ignore_index=IGNORE),
-        4 * off.mean(),
-    )
-
-
 @torch.no_grad()
 def dense_accuracy(
     model: nn.Module, loader: DataLoader, device: torch.device
@@ -181,30 +146,47 @@ def dense_accuracy(
 
 
 class GeneratedObjective(nn.Module):
-    """Pretraining on :class:`DenseShapes`; :mod:`~e3va_lite.experiments.pretrain` says what an objective offers."""
+    """Pretraining on :class:`DenseShapes`; :mod:`~e3va_lite.experiments.pretrain` says what an objective offers.
+
+    The throw-away head projects all four maps, upsamples them and adds them up, from coarse to fine.
+    """
 
     size = SIZE
 
-    def __init__(self, backbone: nn.Module, workers: int = 0) -> None:
+    def __init__(self, backbone: nn.Module, workers: int = 0, channels: int = 64) -> None:
         super().__init__()
-        self.model = DenseModel(backbone)
-        self.workers = workers
+        self.backbone, self.workers = backbone, workers
+        self.projections = nn.ModuleList(nn.Conv2d(width, channels, 1) for width in backbone.out_channels)
+        self.outlines = nn.Conv2d(channels, len(PRETRAIN_OUTLINES) + 1, 1)
+        self.textures = nn.Conv2d(channels, len(TEXTURES), 1)
+        self.distances = nn.Conv2d(channels, DISTANCES, 1)
 
-    @property
-    def backbone(self) -> nn.Module:
-        return self.model.backbone
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        finest, *coarser = [project(x) for project, x in zip(self.projections, self.backbone(images), strict=True)]
+        x = coarser.pop()
+        for finer in [*reversed(coarser), finest]:
+            x = finer + F.interpolate(x, finer.shape[-2:], mode="bilinear")
+        x = F.gelu(x)  # (B, channels, H/4, W/4)
+        return self.outlines(x), self.textures(x), self.distances(x)
 
     def batches(self, start: int, steps: int, batch: int, seed: int, device: torch.device) -> Iterator[list[Tensor]]:
         images = Subset(DenseShapes(steps * batch, seed), range(start * batch, steps * batch))
         for items in DataLoader(images, batch, num_workers=self.workers):
             yield [item.to(device) for item in items]
 
-    def losses(self, *items: Tensor) -> dict[str, Tensor]:
-        return dict(zip(("outline", "texture", "distances"), dense_loss(self.model, *items), strict=True))
+    def losses(self, images: Tensor, outlines: Tensor, textures: Tensor, distances: Tensor) -> dict[str, Tensor]:
+        outline_logits, texture_logits, guesses = self(normalise(images))
+        weight = torch.ones(outline_logits.shape[1], device=images.device)
+        weight[0] = BACKGROUND_WEIGHT
+        return {
+            "outline": F.cross_entropy(outline_logits, outlines, weight=weight),
+            "texture": F.cross_entropy(texture_logits, textures, ignore_index=IGNORE),
+            "distances": 4 * (guesses - distances).abs().mean(dim=1)[outlines > 0].mean(),
+        }
 
     def accuracy(self, seed: int, device: torch.device) -> tuple[float, dict[str, object]]:
         loader = DataLoader(DenseShapes(HELD_OUT, seed=seed + 1_000_000), 50, num_workers=self.workers)
-        accuracy, commonest = dense_accuracy(self.model, loader, device)
+        accuracy, commonest = dense_accuracy(self, loader, device)
         return accuracy["outline"] + accuracy["texture"], {
             f"accuracy_on_{HELD_OUT}_held_out_images": {key: round(value, 4) for key, value in accuracy.items()},
             "always_the_commonest_answer": {key: round(value, 4) for key, value in commonest.items()},

@@ -21,26 +21,23 @@ PIXELS = 16  # images are reduced to this many pixels per side where pixels them
 
 
 @torch.no_grad()
-def describe(backbone: nn.Module, pixels: Tensor, device: torch.device) -> dict[int, Tensor]:
-    """One vector per image and stage: uint8 (N, 3, S, S) -> {1: float (N, C_1), ...}, on the CPU."""
-    backbone = backbone.to(device).eval()
-    stages: list[list[Tensor]] = []
+def describe(model: nn.Module, pixels: Tensor, device: torch.device) -> dict[int | str, Tensor]:
+    """Vectors of images: uint8 (N, 3, S, S) -> float (N, C) by name, on the CPU.
+
+    A backbone's are the means of its maps, by the number of the stage; a teacher's are its class token and the mean of
+    its patch tokens.
+    """
+    model = model.to(device).eval()
+    batches = []
     for batch in pixels.split(BATCH):
-        images = batch.to(device).float() / 255
-        stages.append([x.mean(dim=(2, 3)).cpu() for x in backbone(normalise(images))])
-    return {stage: torch.cat(maps) for stage, maps in enumerate(zip(*stages, strict=True), start=1)}
-
-
-@torch.no_grad()
-def describe_by_teacher(teacher: Teacher, pixels: Tensor, device: torch.device) -> dict[str, Tensor]:
-    """A teacher's class token and the mean of its patch tokens: uint8 (N, 3, S, S) -> float (N, D) each, on the CPU."""
-    teacher = teacher.to(device)
-    both = [teacher(normalise(batch.to(device).float() / 255)) for batch in pixels.split(BATCH)]
-    tokens, class_tokens = zip(*both, strict=True)
-    return {
-        "class token": torch.cat(class_tokens).cpu(),
-        "patch tokens": torch.cat([x.mean(dim=(2, 3)) for x in tokens]).cpu(),
-    }
+        maps = model(normalise(batch.to(device).float() / 255))
+        if isinstance(model, Teacher):
+            tokens, class_token = maps
+            vectors = {"class token": class_token, "patch tokens": tokens.mean(dim=(2, 3))}
+        else:
+            vectors = {stage: x.mean(dim=(2, 3)) for stage, x in enumerate(maps, start=1)}
+        batches.append({name: x.cpu() for name, x in vectors.items()})
+    return {name: torch.cat([vectors[name] for vectors in batches]) for name in batches[0]}
 
 
 def describe_by_pixels(pixels: Tensor) -> Tensor:
@@ -135,12 +132,9 @@ def probe(
     first, second = torch.arange(len(split[0])), torch.arange(len(split[0]), len(used))
     score = linear_probe if linear else nearest_neighbour
     rows = [{"backbone": "pixels", "stage": None, "accuracy": score(describe_by_pixels(pixels), labels, first, second)}]
-    for name, backbone in backbones.items():
-        for stage, vectors in describe(backbone, pixels, device).items():
+    for name, model in (*backbones.items(), *([(teacher.name, teacher)] if teacher is not None else [])):
+        for stage, vectors in describe(model, pixels, device).items():
             rows.append({"backbone": name, "stage": stage, "accuracy": score(vectors, labels, first, second)})
-    if teacher is not None:
-        for part, vectors in describe_by_teacher(teacher, pixels, device).items():
-            rows.append({"backbone": teacher.name, "stage": part, "accuracy": score(vectors, labels, first, second)})
     return {
         "protocol": "linear probe" if linear else "1-nearest-neighbour, cosine",
         "source": photographs.about() | {"folder": photographs.root.name},

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..analysis.plots import neighbours_figure, trade_offs
+from ..analysis.text import percent
 from ..recipes.schema import load_recipe
 from .miniature import ABLATIONS, ARMS, CONTROLS, LARGER, METHODS, NEIGHBOURS, PAPERS_WIDTHS, STUDIES, chosen_rate
-from .paper_tables import printed
+from .paper_tables import printed_value
 from .significance import LEVEL, Difference, difference, holm, interval
 
 NEAR, ROOM = 0.02, 0.05
@@ -228,27 +229,24 @@ def judged(claims: Iterable[Claim], studies: dict[str, dict]) -> list[dict]:
 def as_markdown(summary: dict) -> str:
     """The report: tables beside the paper's, then the claims."""
     studies = summary["studies"]
-    parts = ["# The paper in miniature", _setting(summary), _rates_of_heads(studies)]
-    table1 = {study: PLACES[study] for study in ("detection", "segmentation", "few images")}
-    parts += ["## Premises: pretraining matters here, and so does tuning", claim_table(summary["premises"])]
-    parts += ["## Table 1: detection and segmentation", _methods(studies, table1)]
-    parts += ["## Table 2: instances", _methods(studies, {"instances": PLACES["instances"]})]
-    if studies.get("quick"):
-        parts += ["## The quick subset", _methods(studies, {"quick": None})]
-    parts += ["## Table 3: time of a training step", _times(studies)]
-    names = [name for arm in PAPERS_WIDTHS for name in (arm.split(",")[0], arm)]
-    parts += [
-        "## The baselines' widths, ours and the paper's: detection",
-        _variants(studies.get("detection", {}), names),
-    ]
-    names = ("full", "fixed", "fixed, norms trained", "adapter", "e3va", "e3va+", "e3va++", *ABLATIONS)
-    title = f"Tables 5 and 6, ranks and open readings: detection in {STUDIES['longer'].steps} steps"
-    parts += [f"## {title}", _variants(studies.get("longer", {}), names), TWO_BRANCHES]
-    names = ("full", "fixed", "e3va", *NEIGHBOURS, "lora")
-    parts += ["## Neighbours that cut the backward pass, too", _variants(studies.get("longer", {}), names)]
-    parts += ["## A larger backbone in the memory of a smaller one", _larger(studies)]
-    parts += ["## Claims", claim_table(summary["claims"])]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    detection, longer = studies.get("detection", {}), studies.get("longer", {})
+    widths = [name for arm in PAPERS_WIDTHS for name in (arm.split(",")[0], arm)]
+    longer_title = f"Tables 5 and 6, ranks and open readings: detection in {STUDIES['longer'].steps} steps"
+    ablated = ("full", "fixed", "fixed, norms trained", "adapter", "e3va", "e3va+", "e3va++", *ABLATIONS)
+    sections = {
+        "Premises: pretraining matters here, and so does tuning": claim_table(summary["premises"]),
+        "Table 1: detection and segmentation": _methods(studies, "detection", "segmentation", "few images"),
+        "Table 2: instances": _methods(studies, "instances"),
+        "The quick subset": _methods(studies, "quick") if studies.get("quick") else "",
+        "Table 3: time of a training step": _times(studies),
+        "The baselines' widths, ours and the paper's: detection": _variants(detection, widths),
+        longer_title: f"{_variants(longer, ablated)}\n\n{TWO_BRANCHES}",
+        "Neighbours that cut the backward pass, too": _variants(longer, ("full", "fixed", "e3va", *NEIGHBOURS, "lora")),
+        "A larger backbone in the memory of a smaller one": _larger(studies),
+        "Claims": claim_table(summary["claims"]),
+    }
+    titled = [f"## {title}\n\n{text}" for title, text in sections.items() if text]
+    return "\n\n".join(["# The paper in miniature", _setting(summary), _rates_of_heads(studies), *titled]) + "\n"
 
 
 def _setting(summary: dict) -> str:
@@ -276,43 +274,41 @@ def _rates_of_heads(studies: dict) -> str:
     return f"Neck and heads learn at one rate in all methods but `fixed`, which chooses it: {'; '.join(said)}."
 
 
-def _score(row: dict | None) -> str:
-    return "" if row is None else f"{100 * row['mean']:.1f} ± {100 * row['half']:.1f} ({len(row['scores'])})"
-
-
-def _mib(row: dict) -> str:
-    return f"{row['peak'] / 2**20:.0f}" if "peak" in row else ""
-
-
 def _table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table, or a sentence where it would have no rows."""
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) if rows else "Not run yet."
 
 
-def _methods(studies: dict, columns: dict[str, tuple[str, str] | None]) -> str:
+def _score(arm: dict | None) -> str:
+    return "" if arm is None else f"{100 * arm['mean']:.1f} ± {100 * arm['half']:.1f} ({len(arm['scores'])})"
+
+
+def _mib(arm: dict | None) -> str:
+    return f"{arm['peak'] / 2**20:.0f}" if arm and "peak" in arm else ""
+
+
+def _methods(studies: dict, *columns: str) -> str:
+    """The paper's methods and the controls, a column of scores and one of peaks per study that was run."""
     present = [study for study in columns if studies.get(study)]
-    if not present:
-        return "Not run yet."
     header = ["method", "trained"]
     for study in present:
-        header += [f"{study}: {METRICS[study]}", "peak, MiB", *(["printed"] if columns[study] else [])]
+        header += [f"{study}: {METRICS[study]}", "peak, MiB", *(["printed"] if study in PLACES else [])]
     rows = []
     for arm in (*METHODS, *CONTROLS):
-        found = [studies[study].get(arm) for study in present]
-        if not any(found):
+        found = {study: studies[study].get(arm) for study in present}
+        if not any(found.values()):
             continue
-        trained = dict.fromkeys(f"{cell['trainable']:,}" for cell in found if cell)  # tasks take different stages
+        trained = dict.fromkeys(f"{cell['trainable']:,}" for cell in found.values() if cell)  # tasks differ in stages
         row = [f"`{ARMS[arm].spec}`" if arm in METHODS else arm, " / ".join(trained)]
-        for study, cell in zip(present, found, strict=True):
-            row += [_score(cell), _mib(cell or {}), *([_printed(columns[study], arm)] if columns[study] else [])]
+        for study, cell in found.items():
+            row += [_score(cell), _mib(cell), *([_printed(PLACES[study], arm)] if study in PLACES else [])]
         rows.append(row)
     return _table(header, rows)
 
 
 def _printed(place: tuple[str, str], row: str) -> str:
-    table, column = place
-    values = printed()[table].get(row)
-    value = None if values is None else values[printed()[table]["columns"].index(column)]
+    value = printed_value(*place, row)
     return "" if value is None else f"{value:g}"
 
 
@@ -326,45 +322,30 @@ def _times(studies: dict) -> str:
     for arm in METHODS:
         row = [f"`{ARMS[arm].spec}`"]
         for study in present:
-            share = studies[study].get(arm, {}).get("seconds_of_full")
-            place = printed()["table3"]["columns"].index(columns[study])
-            row += [
-                "" if share is None else f"{100 * share:.0f} %",
-                f"{100 * printed()['table3'][arm][place] / printed()['table3']['full'][place]:.0f} %",
-            ]
+            hours, whole = (printed_value("table3", columns[study], method) for method in (arm, "full"))
+            row += [percent(studies[study].get(arm, {}).get("seconds_of_full")), percent(hours / whole)]
         rows.append(row)
     return _table(header, rows)
 
 
 def _variants(arms: dict, names: Iterable[str]) -> str:
     rows = []
-    for name in names:
-        if name not in arms:
-            continue
-        speed = arms[name].get("images_per_second")
-        rows.append(
-            [
-                name,
-                f"`{ARMS[name].spec}`",
-                f"{arms[name]['trainable']:,}",
-                _score(arms[name]),
-                _mib(arms[name]),
-                "" if speed is None else f"{speed:.1f}",
-            ]
-        )
+    for name, arm in ((name, arms[name]) for name in names if name in arms):
+        speed = f"{arm['images_per_second']:.1f}" if "images_per_second" in arm else ""
+        rows.append([name, f"`{ARMS[name].spec}`", f"{arm['trainable']:,}", _score(arm), _mib(arm), speed])
     header = ["", "options", "trained", METRICS["detection"], "peak, MiB", "images/s, inference"]
-    return _table(header, rows) if len(rows) > 1 else "Not run yet."
+    return _table(header, rows if len(rows) > 1 else [])
 
 
 def _larger(studies: dict) -> str:
     rows = [
-        [arm, study, f"{found['trainable']:,}", _score(found), _mib(found)]
+        [name, study, f"{arm['trainable']:,}", _score(arm), _mib(arm)]
         for study in STUDIES
         if (arms := studies.get(study, {})).keys() & LARGER.keys()
-        for arm in ("full", "fixed", "e3va", *LARGER)
-        if (found := arms.get(arm))
+        for name in ("full", "fixed", "e3va", *LARGER)
+        if (arm := arms.get(name))
     ]
-    return _table(["", "study", "trained", "score", "peak, MiB"], rows) if rows else "Not run yet."
+    return _table(["", "study", "trained", "score", "peak, MiB"], rows)
 
 
 def claim_table(claims: list[dict]) -> str:
@@ -374,17 +355,10 @@ def claim_table(claims: list[dict]) -> str:
     rows = []
     for claim in claims:
         low, high = (100 * bound for bound in claim["interval95"])
-        rows.append(
-            [
-                claim["claim"],
-                claim["study"],
-                claim["paper"],
-                f"{100 * claim['difference']:+.1f} ({low:+.1f} to {high:+.1f}), {claim['seeds']} seeds",
-                f"{100 * claim['detectable']:.1f}",
-                "< .001" if claim["p"] < 0.001 else f"{claim['p']:.3f}",
-                f"**{claim['verdict']}**",
-            ]
-        )
+        ours = f"{100 * claim['difference']:+.1f} ({low:+.1f} to {high:+.1f}), {claim['seeds']} seeds"
+        p = "< .001" if claim["p"] < 0.001 else f"{claim['p']:.3f}"
+        row = [claim["claim"], claim["study"], claim["paper"], ours, f"{100 * claim['detectable']:.1f}", p]
+        rows.append([*row, f"**{claim['verdict']}**"])
     header = ["claim", "study", "the paper", "ours, points (95 %)", "detectable", "p, corrected", "verdict"]
     return f"""{_table(header, rows)}
 

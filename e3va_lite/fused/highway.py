@@ -130,8 +130,8 @@ def _forward(
     """
     stages = stages or highway.last_stage
     maps, saved = [], Saved(images, [], [], [])
-    e = l = embed(highway.trunk, images)  # (B, H, W, C)
-    for index, (stage, pairs) in enumerate(zip(highway.trunk.layers[:stages], highway.adapters, strict=False)):
+    e = l = embed(highway.backbone, images)  # (B, H, W, C)
+    for index, (stage, pairs) in enumerate(zip(highway.backbone.layers[:stages], highway.adapters, strict=False)):
         e, l = highway.reduction(index)(e), stage.downsample(l)
         e = e - l  # the deviation e_in - l_in
         adapters = [list(pair) for pair in pairs]
@@ -160,8 +160,8 @@ def _backward(highway: nn.Module, mode: MemoryMode, saved: Saved, grad_maps: tup
     """Gradients of all trained parameters from those of the maps."""
     grads: Gradients = {}
     grad_e = _shared_gradients(highway, mode, saved, list(grad_maps), grads)
-    l = None if mode.taps else embed(highway.trunk, saved.images)
-    for stage, pairs, pieces in zip(highway.trunk.layers, highway.adapters, saved.taps, strict=False):
+    l = None if mode.taps else embed(highway.backbone, saved.images)
+    for stage, pairs, pieces in zip(highway.backbone.layers, highway.adapters, saved.taps, strict=False):
         if not mode.taps:
             l = stage.downsample(l)
         g = grad_e.pop(0).flatten(0, 2)  # (T, C), the gradient that all adapters of the stage receive

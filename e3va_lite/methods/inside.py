@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..adapters import KernelAdapter, QVUpdate, StandardAdapter
-from ..backbones.base import embed, f_p1, f_p2, fpn_norms, freeze, is_neck
+from ..backbones.base import TunedBackbone, embed, f_p1, f_p2, freeze, is_neck
 from ..fused import frozen_stream
 
 MIDDLE = 64  # "middle dim of these methods are set to 64" (section 4.1): adapter, lora, adaptformer
@@ -42,14 +42,13 @@ def beside_block(block: nn.Module, x: Tensor, a1: nn.Module, a2: nn.Module) -> T
     return x + f_p2(block, x) + a2(x)
 
 
-class ThroughBackbone(nn.Module):
+class ThroughBackbone(TunedBackbone):
     """A backbone that gradients flow through, as far down as anything in it is trained.
 
     Args:
-        trunk: The pretrained backbone. The caller decides which of its parameters are trained; those of stages that no
-            map depends on, behind the last consumed one, are frozen here.
-        stages: The stages (from 1) whose maps the task consumes.
-        fpn_norm_trainable: Whether the norms before the neck are trained.
+        backbone: The pretrained backbone. The caller decides which of its parameters are trained.
+        stages: See :class:`~e3va_lite.backbones.base.TunedBackbone`.
+        fpn_norm_trainable: See there.
         run_block: ``(block, x, *extra) -> x`` for one block.
         extra: Per block of the network in order, the modules that ``run_block`` takes; none if not given.
         checkpointing: Save only the input of each block and recompute the rest in the backward pass (gradient
@@ -62,7 +61,7 @@ class ThroughBackbone(nn.Module):
 
     def __init__(
         self,
-        trunk: nn.Module,
+        backbone: nn.Module,
         stages: tuple[int, ...],
         fpn_norm_trainable: bool,
         run_block: Callable[..., Tensor] = plain_block,
@@ -71,30 +70,24 @@ class ThroughBackbone(nn.Module):
         stochastic: bool = False,
         frozen: bool = False,
     ) -> None:
-        super().__init__()
-        self.trunk = trunk
+        super().__init__(backbone, stages, fpn_norm_trainable)
         self.run_block = run_block
         self.extra = nn.ModuleList(extra or [])
         self.checkpointing = checkpointing
         self.stochastic = stochastic
         self.frozen = frozen
-        self.norms = fpn_norms(trunk, stages, fpn_norm_trainable)
-        self.last_stage = max(self.norms.stages)
-        trunk.layers[self.last_stage :].requires_grad_(False)  # never run: DDP would wait for their gradients
-        self.out_channels, self.strides = self.norms.out_channels, self.norms.strides
-        self.divisor = self.norms.divisor
 
     def train(self, mode: bool = True) -> "ThroughBackbone":
         super().train(mode)
-        self.trunk.train(mode and self.stochastic)
+        self.backbone.train(mode and self.stochastic)
         return self
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) -> one map (B, C_i, ceil(H/s_i), ceil(W/s_i)) per consumed stage."""
-        x = embed(self.trunk, images)
+        x = embed(self.backbone, images)
         extra = iter(self.extra)
         maps = {}
-        for number, stage in enumerate(self.trunk.layers[: self.last_stage], start=1):
+        for number, stage in enumerate(self.backbone.layers[: self.last_stage], start=1):
             x = stage.downsample(x)
             if self.frozen and not torch.jit.is_tracing():  # a trace cannot record the fused form
                 with torch.no_grad():
@@ -112,72 +105,72 @@ class ThroughBackbone(nn.Module):
         return self.run_block(*arguments)
 
 
-def full(trunk: nn.Module, stages, fpn_norm="trainable", checkpointing=False) -> nn.Module:
+def full(backbone: nn.Module, stages, fpn_norm="trainable", checkpointing=False) -> nn.Module:
     """Everything is trained."""
-    return ThroughBackbone(trunk, stages, fpn_norm == "trainable", checkpointing=checkpointing, stochastic=True)
+    return ThroughBackbone(backbone, stages, fpn_norm == "trainable", checkpointing=checkpointing, stochastic=True)
 
 
-def fixed(trunk: nn.Module, stages, fpn_norm="fixed") -> nn.Module:
+def fixed(backbone: nn.Module, stages, fpn_norm="fixed") -> nn.Module:
     """Nothing but neck and head is trained; ``fpn_norm="trainable"`` shows what the norms alone contribute."""
-    return ThroughBackbone(freeze(trunk), stages, fpn_norm == "trainable", frozen=True)
+    return ThroughBackbone(freeze(backbone), stages, fpn_norm == "trainable", frozen=True)
 
 
-def bitfit(trunk: nn.Module, stages, fpn_norm="trainable", checkpointing=False) -> nn.Module:
+def bitfit(backbone: nn.Module, stages, fpn_norm="trainable", checkpointing=False) -> nn.Module:
     """Every parameter with "bias" in its name, relative-position bias tables and the norms' biases too."""
-    for name, parameter in freeze(trunk).named_parameters():
+    for name, parameter in freeze(backbone).named_parameters():
         parameter.requires_grad_("bias" in name)
-    model = ThroughBackbone(trunk, stages, False, checkpointing=checkpointing)
+    model = ThroughBackbone(backbone, stages, False, checkpointing=checkpointing)
     for name, parameter in model.norms.named_parameters():
         if name.endswith("bias"):
             parameter.requires_grad_(fpn_norm == "trainable" or is_neck(f"norms.{name}"))
     return model
 
 
-def norm(trunk: nn.Module, stages, fpn_norm="trainable", checkpointing=False) -> nn.Module:
+def norm(backbone: nn.Module, stages, fpn_norm="trainable", checkpointing=False) -> nn.Module:
     """Every norm of the backbone, and the norms before the neck."""
-    for module in freeze(trunk).modules():
+    for module in freeze(backbone).modules():
         if isinstance(module, nn.LayerNorm):
             module.requires_grad_()
-    return ThroughBackbone(trunk, stages, fpn_norm == "trainable", checkpointing=checkpointing)
+    return ThroughBackbone(backbone, stages, fpn_norm == "trainable", checkpointing=checkpointing)
 
 
-def partial1(trunk: nn.Module, stages, fpn_norm="fixed", checkpointing=False) -> nn.Module:
+def partial1(backbone: nn.Module, stages, fpn_norm="fixed", checkpointing=False) -> nn.Module:
     """The last block."""
-    model = ThroughBackbone(freeze(trunk), stages, fpn_norm == "trainable", checkpointing=checkpointing)
-    _blocks(trunk, stages)[-1].requires_grad_()
+    model = ThroughBackbone(freeze(backbone), stages, fpn_norm == "trainable", checkpointing=checkpointing)
+    _blocks(backbone, stages)[-1].requires_grad_()
     return model
 
 
-def adapter(trunk: nn.Module, stages, middle=MIDDLE, fpn_norm="fixed", checkpointing=False) -> nn.Module:
+def adapter(backbone: nn.Module, stages, middle=MIDDLE, fpn_norm="fixed", checkpointing=False) -> nn.Module:
     """Two standard adapters per block, inside it (Houlsby et al. 2019)."""
-    extra = _pairs(trunk, stages, lambda dim: StandardAdapter(dim, middle))
-    return ThroughBackbone(freeze(trunk), stages, fpn_norm == "trainable", serial_block, extra, checkpointing)
+    extra = _pairs(backbone, stages, lambda dim: StandardAdapter(dim, middle))
+    return ThroughBackbone(freeze(backbone), stages, fpn_norm == "trainable", serial_block, extra, checkpointing)
 
 
-def lora(trunk: nn.Module, stages, rank=MIDDLE, fpn_norm="fixed", checkpointing=False) -> nn.Module:
+def lora(backbone: nn.Module, stages, rank=MIDDLE, fpn_norm="fixed", checkpointing=False) -> nn.Module:
     """Low-rank updates of q and v in every attention (Hu et al. 2022)."""
-    model = ThroughBackbone(freeze(trunk), stages, fpn_norm == "trainable", checkpointing=checkpointing)
-    model.updates = nn.ModuleList(QVUpdate(block.dim, rank) for block in _blocks(trunk, stages))
-    for block, update in zip(_blocks(trunk, stages), model.updates, strict=True):
+    model = ThroughBackbone(freeze(backbone), stages, fpn_norm == "trainable", checkpointing=checkpointing)
+    model.updates = nn.ModuleList(QVUpdate(block.dim, rank) for block in _blocks(backbone, stages))
+    for block, update in zip(_blocks(backbone, stages), model.updates, strict=True):
         block.attn.qkv.register_forward_hook(update.hook)
     return model
 
 
-def adaptformer(trunk: nn.Module, stages, middle=MIDDLE, fpn_norm="fixed", checkpointing=False) -> nn.Module:
+def adaptformer(backbone: nn.Module, stages, middle=MIDDLE, fpn_norm="fixed", checkpointing=False) -> nn.Module:
     """Two scaled adapters per block, beside attention and MLP (Chen et al. 2022)."""
-    extra = _pairs(trunk, stages, lambda dim: ScaledAdapter(dim, middle))
-    return ThroughBackbone(freeze(trunk), stages, fpn_norm == "trainable", beside_block, extra, checkpointing)
+    extra = _pairs(backbone, stages, lambda dim: ScaledAdapter(dim, middle))
+    return ThroughBackbone(freeze(backbone), stages, fpn_norm == "trainable", beside_block, extra, checkpointing)
 
 
-def lorand(trunk: nn.Module, stages, rank=8, branches=2, fpn_norm="fixed", checkpointing=False) -> nn.Module:
+def lorand(backbone: nn.Module, stages, rank=8, branches=2, fpn_norm="fixed", checkpointing=False) -> nn.Module:
     """Two low-rank adapters with a shared kernel per block, inside it (Yin et al. 2023)."""
-    extra = _pairs(trunk, stages, lambda dim: KernelAdapter(dim, rank, branches))
-    return ThroughBackbone(freeze(trunk), stages, fpn_norm == "trainable", serial_block, extra, checkpointing)
+    extra = _pairs(backbone, stages, lambda dim: KernelAdapter(dim, rank, branches))
+    return ThroughBackbone(freeze(backbone), stages, fpn_norm == "trainable", serial_block, extra, checkpointing)
 
 
-def _blocks(trunk: nn.Module, stages: tuple[int, ...]) -> list[nn.Module]:
-    return [block for stage in trunk.layers[: max(stages)] for block in stage.blocks]
+def _blocks(backbone: nn.Module, stages: tuple[int, ...]) -> list[nn.Module]:
+    return [block for stage in backbone.layers[: max(stages)] for block in stage.blocks]
 
 
-def _pairs(trunk: nn.Module, stages: tuple[int, ...], make: Callable[[int], nn.Module]) -> list[nn.ModuleList]:
-    return [nn.ModuleList([make(block.dim), make(block.dim)]) for block in _blocks(trunk, stages)]
+def _pairs(backbone: nn.Module, stages: tuple[int, ...], make: Callable[[int], nn.Module]) -> list[nn.ModuleList]:
+    return [nn.ModuleList([make(block.dim), make(block.dim)]) for block in _blocks(backbone, stages)]

@@ -59,7 +59,7 @@ class LoSA(SideNetwork):
     """A frozen backbone and the mixers beside it.
 
     Args:
-        trunk: The pretrained backbone; it is frozen here.
+        backbone: The pretrained backbone; it is frozen here.
         stages: The stages (from 1) whose maps the task consumes.
         rank: Rank of every mixer.
         fpn_norm_trainable: Whether the norms before the neck are trained.
@@ -68,26 +68,26 @@ class LoSA(SideNetwork):
         passed_by_design: The inherited reductions, see :class:`e3va_lite.highway.E3VA`.
     """
 
-    def __init__(self, trunk: nn.Module, stages: tuple[int, ...], rank: int, fpn_norm_trainable: bool) -> None:
+    def __init__(self, backbone: nn.Module, stages: tuple[int, ...], rank: int, fpn_norm_trainable: bool) -> None:
         at_least_one(rank=rank)
-        super().__init__(trunk, stages, fpn_norm_trainable)
+        super().__init__(backbone, stages, fpn_norm_trainable)
         kinds = (ChannelMixer, TokenMixer)
         self.mixers = nn.ModuleList(
             nn.ModuleList(kinds[i % 2](block.dim, rank) for i, block in enumerate(stage.blocks))
-            for stage in trunk.layers[: self.last_stage]
+            for stage in backbone.layers[: self.last_stage]
         )
 
     @property
     def passed_by_design(self) -> list[nn.Module]:
-        return [stage.downsample for stage in self.trunk.layers]
+        return [stage.downsample for stage in self.backbone.layers]
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) -> one map (B, C_i, ceil(H/s_i), ceil(W/s_i)) per consumed stage."""
         with torch.no_grad():
-            l = embed(self.trunk, images)  # l[0], (B, H, W, C)
+            l = embed(self.backbone, images)  # l[0], (B, H, W, C)
         e = l
         maps = {}
-        for index, (stage, mixers) in enumerate(zip(self.trunk.layers, self.mixers, strict=False)):
+        for index, (stage, mixers) in enumerate(zip(self.backbone.layers, self.mixers, strict=False)):
             e = stage.downsample(e)  # gradients flow through these layers ...
             with torch.no_grad():
                 l = stage.downsample(l)  # ... and never through these

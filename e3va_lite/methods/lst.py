@@ -46,7 +46,7 @@ class LST(SideNetwork):
     """A frozen backbone and the ladder beside it.
 
     Args:
-        trunk: The pretrained backbone; it is frozen here.
+        backbone: The pretrained backbone; it is frozen here.
         stages: The stages (from 1) whose maps the task consumes.
         narrower: r; the side's width is 1/r of the backbone's.
         fpn_norm_trainable: Whether the norms before the neck are trained.
@@ -55,14 +55,14 @@ class LST(SideNetwork):
         InputError: For an r that does not divide the width of every attention head.
     """
 
-    def __init__(self, trunk: nn.Module, stages: tuple[int, ...], narrower: int, fpn_norm_trainable: bool) -> None:
-        super().__init__(trunk, stages, fpn_norm_trainable)
-        layers = trunk.layers[: self.last_stage]
+    def __init__(self, backbone: nn.Module, stages: tuple[int, ...], narrower: int, fpn_norm_trainable: bool) -> None:
+        super().__init__(backbone, stages, fpn_norm_trainable)
+        layers = backbone.layers[: self.last_stage]
         for block in (stage.blocks[0] for stage in layers):
             head = block.dim // block.attn.num_heads
             if narrower < 1 or head % narrower:
                 raise InputError(f"narrower={narrower} does not divide the {head} channels of an attention head.")
-        dims = stage_dims(trunk)[: self.last_stage]
+        dims = stage_dims(backbone)[: self.last_stage]
         widths = [dim // narrower for dim in dims]
         self.start = nn.Linear(dims[0], widths[0])
         self.reductions = nn.ModuleList(
@@ -79,10 +79,12 @@ class LST(SideNetwork):
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) -> one map (B, C_i, ceil(H/s_i), ceil(W/s_i)) per consumed stage."""
         with torch.no_grad():
-            l = embed(self.trunk, images)  # l[0], (B, H, W, C)
+            l = embed(self.backbone, images)  # l[0], (B, H, W, C)
         s = self.start(l)  # (B, H, W, C / r)
         maps = {}
-        for index, (stage, rungs, blocks) in enumerate(zip(self.trunk.layers, self.rungs, self.blocks, strict=False)):
+        for index, (stage, rungs, blocks) in enumerate(
+            zip(self.backbone.layers, self.rungs, self.blocks, strict=False)
+        ):
             s = self.reductions[index](s)
             with torch.no_grad():
                 l = stage.downsample(l)

@@ -4,13 +4,13 @@ It is here for comparison and shares only the norms before the neck with this pa
 """
 
 from timm.models.swin_transformer import SwinTransformer
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..backbones.base import FPNNorms, embed, freeze
+from ..backbones.base import TunedBackbone, embed, freeze
 from ..errors import InputError
 
 
-class PEFTLoRA(nn.Module):
+class PEFTLoRA(TunedBackbone):
     """timm's Swin with PEFT's LoRA on every fused qkv projection.
 
     Args:
@@ -27,7 +27,6 @@ class PEFTLoRA(nn.Module):
     def __init__(
         self, swin: SwinTransformer, stages: tuple[int, ...], rank: int, fpn_norm_trainable: bool, checkpointing: bool
     ) -> None:
-        super().__init__()
         if not isinstance(swin, SwinTransformer):
             raise InputError(
                 f"peft_lora runs timm's own Swin, not {type(swin).__name__}: use a swin_* backbone, or lora."
@@ -37,17 +36,13 @@ class PEFTLoRA(nn.Module):
         except ImportError as error:
             raise InputError('peft_lora needs the library PEFT: pip install "e3va_lite[peft]".') from error
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=["qkv"])
-        self.trunk = inject_adapter_in_model(config, freeze(swin))
-        self.trunk.set_grad_checkpointing(checkpointing)
-        self.norms = FPNNorms(swin, stages, fpn_norm_trainable)
-        self.last_stage = max(stages)
-        self.trunk.layers[self.last_stage :].requires_grad_(False)  # never run
-        self.out_channels, self.strides = self.norms.out_channels, self.norms.strides
+        super().__init__(inject_adapter_in_model(config, freeze(swin)), stages, fpn_norm_trainable)
+        self.backbone.set_grad_checkpointing(checkpointing)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) -> one map (B, C_i, ceil(H/s_i), ceil(W/s_i)) per consumed stage."""
-        x = embed(self.trunk, images)
+        x = embed(self.backbone, images)
         maps = {}
-        for number, stage in enumerate(self.trunk.layers[: self.last_stage], start=1):
+        for number, stage in enumerate(self.backbone.layers[: self.last_stage], start=1):
             x = maps[number] = stage(x)
         return self.norms(maps)

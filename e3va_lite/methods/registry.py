@@ -1,8 +1,8 @@
 """The fine-tuning methods of Tables 1 and 2 as one dict of functions: name -> backbone module.
 
 All modules share one contract, ``features = backbone(images)`` with ``out_channels`` and ``strides``, hold the
-pretrained backbone under the state-dict prefix ``trunk.`` and, when new, compute what the frozen model computes. They
-differ in what is trained and in the path that the gradient takes.
+pretrained backbone under the state-dict prefix ``backbone.`` and, when new, compute what the frozen model computes.
+They differ in what is trained and in the path that the gradient takes.
 
 All of them can be pickled and copied. For deployment, in eval mode and under ``torch.no_grad()``,
 :func:`torch.export.export` takes ``fixed`` and the E3VA family in every memory mode, for images of one size;
@@ -17,7 +17,7 @@ from pathlib import Path
 import yaml
 from torch import nn
 
-from ..backbones.registry import create_trunk
+from ..backbones.registry import create_backbone
 from ..errors import InputError, unknown
 from ..highway import E3VA
 from .inside import MIDDLE, adapter, adaptformer, bitfit, fixed, full, lora, lorand, norm, partial1
@@ -29,7 +29,7 @@ FPN_NORM = ("trainable", "fixed")
 
 
 def e3va(
-    trunk: nn.Module,
+    backbone: nn.Module,
     stages,
     rank=8,
     structure="parallel",
@@ -42,7 +42,7 @@ def e3va(
     memory=None,
 ) -> nn.Module:
     """Adapters on the gradient highway: no gradient enters the backbone."""
-    narrowest = trunk.layers[0].blocks[0].dim
+    narrowest = backbone.layers[0].blocks[0].dim
     width = narrowest // 2 if middle is None else middle
     if adapter == "low_rank" and 2 * rank >= width:
         warnings.warn(
@@ -50,32 +50,32 @@ def e3va(
             stacklevel=3,
         )
     trained_norms = fpn_norm == "trainable"
-    return E3VA(trunk, stages, structure, adapter, rank, middle, reduction, trained_norms, fpn_input, start, memory)
+    return E3VA(backbone, stages, structure, adapter, rank, middle, reduction, trained_norms, fpn_input, start, memory)
 
 
-def e3va_plus(trunk: nn.Module, stages, rank=16, **options) -> nn.Module:
+def e3va_plus(backbone: nn.Module, stages, rank=16, **options) -> nn.Module:
     """E3VA with alpha = 16."""
-    return e3va(trunk, stages, rank, **options)
+    return e3va(backbone, stages, rank, **options)
 
 
-def e3va_plus_plus(trunk: nn.Module, stages, rank=32, **options) -> nn.Module:
+def e3va_plus_plus(backbone: nn.Module, stages, rank=32, **options) -> nn.Module:
     """E3VA with alpha = 32."""
-    return e3va(trunk, stages, rank, **options)
+    return e3va(backbone, stages, rank, **options)
 
 
-def lst(trunk: nn.Module, stages, narrower=8, fpn_norm="trainable") -> nn.Module:
+def lst(backbone: nn.Module, stages, narrower=8, fpn_norm="trainable") -> nn.Module:
     """Ladder side-tuning: a narrow network beside the frozen one, see :mod:`e3va_lite.methods.lst`."""
-    return LST(trunk, stages, narrower, fpn_norm == "trainable")
+    return LST(backbone, stages, narrower, fpn_norm == "trainable")
 
 
-def losa(trunk: nn.Module, stages, rank=16, fpn_norm="trainable") -> nn.Module:
+def losa(backbone: nn.Module, stages, rank=16, fpn_norm="trainable") -> nn.Module:
     """Low-rank side adaptation: mixers that refine the frozen features, see :mod:`e3va_lite.methods.losa`."""
-    return LoSA(trunk, stages, rank, fpn_norm == "trainable")
+    return LoSA(backbone, stages, rank, fpn_norm == "trainable")
 
 
-def peft_lora(trunk: nn.Module, stages, rank=MIDDLE, fpn_norm="fixed", checkpointing=False) -> nn.Module:
+def peft_lora(backbone: nn.Module, stages, rank=MIDDLE, fpn_norm="fixed", checkpointing=False) -> nn.Module:
     """PEFT's LoRA in timm's own forward pass: not one of the twelve, for comparison."""
-    return PEFTLoRA(trunk, stages, rank, fpn_norm == "trainable", checkpointing)
+    return PEFTLoRA(backbone, stages, rank, fpn_norm == "trainable", checkpointing)
 
 
 METHODS: dict[str, Callable[..., nn.Module]] = {
@@ -143,10 +143,9 @@ def build_backbone(
             raise InputError(f"{option}={value} must be an integer.")
     if not stages or set(stages) - {1, 2, 3, 4} or list(stages) != sorted(set(stages)):
         raise InputError(f"stages={tuple(stages)} must be ascending numbers out of 1, 2, 3 and 4.")
-    trunk = create_trunk(name, pretrained, weights, drop_path_rate)
-    backbone = function(trunk, tuple(stages), **options)
-    backbone.name = name  # exported adapters are loaded beside a backbone of the same name only
-    return backbone
+    tuned = function(create_backbone(name, pretrained, weights, drop_path_rate), tuple(stages), **options)
+    tuned.name = name  # exported adapters are loaded beside a backbone of the same name only
+    return tuned
 
 
 def options_of(method: str) -> list[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
 from ..errors import InputError, unknown
@@ -28,7 +28,7 @@ def _number(value: object) -> object:
         return value
 
 
-Count = Annotated[int, Field(gt=0)]
+Count = PositiveInt
 Number = Annotated[float, BeforeValidator(_number)]
 Positive = Annotated[Number, Field(gt=0)]
 Fraction = Annotated[Number, Field(gt=0, lt=1)]
@@ -68,13 +68,13 @@ class Recipe:
     head_lr: Positive | None = None  # of neck and heads; default: lr
     weight_decay: Annotated[Number, Field(ge=0)] = 0.05
     betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = field(default_factory=lambda: [0.9, 0.999])
-    warmup: Annotated[int, Field(ge=0)] = 500  # steps of linear warm-up
+    warmup: NonNegativeInt = 500  # steps of linear warm-up
     schedule: Literal["step", "poly", "cosine"] = "step"  # a tenth from each milestone on; or down to zero
     milestones: list[Count] = field(default_factory=list)
     power: Positive = 1.0  # of "poly"
     clip: Positive | None = None  # norm to which gradients are clipped
-    seed: Annotated[int, Field(ge=0)] = 0
-    workers: Annotated[int, Field(ge=0)] = 2  # processes that read images
+    seed: NonNegativeInt = 0
+    workers: NonNegativeInt = 2  # processes that read images
     eval_every: Count | None = None  # default: at the end only
     save_every: Count = 500  # steps between checkpoints; ten minutes are the longest in any case
 
@@ -138,7 +138,7 @@ class ADE20KRecipe(Recipe):
     mask_suffix: str = ".png"
     values: dict[int, int] | None = None  # other meanings of mask values, e.g. {255: 1}
     # mask value that is no class; below it classes keep their place, above it they move down by one
-    ignore: Annotated[int, Field(ge=0)] = 0
+    ignore: NonNegativeInt = 0
     head_channels: Count = 512
     scale: list[Count] = field(default_factory=lambda: [2048, 512])  # long and short side that an image is fitted into
     ratio: list[Positive] = field(default_factory=lambda: [0.5, 2.0])  # of that size, when training
@@ -233,10 +233,11 @@ def _rescaled(values: dict, overrides: dict) -> dict:
 
 def _parsed(key: str, value: object, kind: object) -> object:
     """An override as YAML reads it; one of a field that holds text stays as it is unless it stands in quotes."""
-    if not isinstance(value, str) or (kind is str and value[:1] not in ("'", '"')):
+    if kind == str | None and value in ("", "~", "null"):
+        return None
+    is_text = kind in (str, str | None) and not str(value).startswith(("'", '"'))
+    if is_text or not isinstance(value, str):
         return value
-    if kind == str | None and value[:1] not in ("'", '"'):
-        return None if value in ("", "~", "null") else value
     try:
         return yaml.safe_load(value)
     except yaml.YAMLError as error:

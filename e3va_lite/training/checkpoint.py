@@ -4,6 +4,7 @@ Under its own name there is always a whole file, see :func:`e3va_lite.files.repl
 """
 
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -41,7 +42,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict]:
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {_present(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise InputError(f"there is no '{path}': check the path.") from None
     except (SafetensorError, OSError) as error:
@@ -51,6 +52,11 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict]:
     if metadata.get("format") != FORMAT:
         raise InputError(f"'{path}' was not written by this version of e3va_lite: give a file of a run.")
     return tensors, json.loads(metadata["about"])
+
+
+def _present(name: str) -> str:
+    """A tensor's name today; earlier files call the pretrained part of a tuned backbone its trunk."""
+    return re.sub(r"(^|\.)trunk\.", r"\1backbone.", name)
 
 
 def kept_names(model: nn.Module) -> list[str]:
@@ -67,11 +73,9 @@ def kept_state(model: nn.Module) -> dict[str, Tensor]:
 
 def restore(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
     """Load what :func:`kept_state` returned into a model of the same recipe; all of it or, with an error, nothing."""
-    wanted = {name: tensor.shape for name, tensor in kept_state(model).items()}
-    wrong = [
-        name for name in {*wanted, *tensors} if name not in tensors or wanted.get(name) != tensors[name].shape
-    ]  # fmt: skip
-    if wrong:
+    tensors = without_optimizer(tensors)
+    wanted, given = ({name: x.shape for name, x in state.items()} for state in (kept_state(model), tensors))
+    if wrong := [name for name, _ in wanted.items() ^ given.items()]:
         raise InputError(f"'{path}' does not fit the model of its recipe, first at '{min(wrong)}': was one replaced?")
     model.load_state_dict(tensors, strict=False)
 

@@ -18,9 +18,9 @@ from ..backbones.base import is_neck
 from ..errors import InputError
 from ..methods.registry import build_backbone
 from ..recipes.schema import Recipe
-from ..tasks.registry import task_module
+from ..tasks.registry import predict_image, task_module
 from .distributed import gather, mean, progress, rank, world
-from .sampling import Batch, StepSampler, loader, on, to_device
+from .sampling import Batch, StepSampler, loader, to_device
 
 
 def build_model(recipe: Recipe, num_classes: int) -> nn.Module:
@@ -220,14 +220,13 @@ def evaluate(model: nn.Module, dataset: Dataset, recipe: Recipe, device: torch.d
     batches = loader(dataset, [[(0, index)] for index in mine], recipe.seed, recipe.workers)
     records = []
     for (image,), (target,) in progress(batches, f"eval {recipe.method}", len(mine), unit="image"):
-        with autocast(recipe, device):
-            (prediction,) = model([image.to(device)])
-        records.append(task.record(on(prediction, "cpu"), target))
+        records.append(task.record(predict_image(model, image, device, recipe.precision), target))
     model.train(was_training)
     every = gather(list(zip(mine, records, strict=True)))
     if every is None:
         return None
-    return task.summary([record for _, record in sorted(every, key=lambda pair: pair[0])], dataset)
+    every.sort(key=lambda pair: pair[0])
+    return task.summary([record for _, record in every], dataset)
 
 
 def autocast(recipe: Recipe, device: torch.device) -> torch.autocast:

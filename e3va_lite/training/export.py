@@ -5,13 +5,11 @@ from pathlib import Path
 
 from torch import nn
 
-from ..backbones.weights import fingerprint
 from ..errors import InputError
 from ..files import check_place
 from ..recipes.schema import recipe_from
 from . import checkpoint
-from .engine import build_model
-from .trained import Trained, open_run
+from .trained import Trained, check_weights, open_run, rebuild
 
 BODY = "backbone.body."  # where every task's model has its backbone
 
@@ -37,9 +35,7 @@ def export(run: Path, path: Path, backbone_only: bool = False, best: bool = Fals
     if backbone_only:
         state = {name: tensor for name, tensor in state.items() if name.startswith(BODY)}
         if not state:
-            raise InputError(
-                f"method {trained.recipe.method} trains nothing in the backbone: export neck and head too."
-            )
+            raise InputError(f"{trained.recipe.method} trains nothing in the backbone: export neck and head too.")
     about = {
         "backbone": trained.recipe.backbone,
         "weights": trained.weights,
@@ -63,7 +59,11 @@ def load_adapters(backbone: nn.Module, path: str | Path) -> None:
     """
     path = Path(path)
     tensors, about = checkpoint.read(path)
-    _same_backbone(backbone, about, path)
+    if "backbone" not in about:
+        raise InputError(f"'{path}' was not written by `e3va export`: give the file of one.")
+    if backbone.name.split(".")[0] != about["backbone"].split(".")[0]:  # whatever the tag of timm's weights
+        raise InputError(f"'{path}' belongs to the backbone {about['backbone']}, not to {backbone.name}.")
+    check_weights(backbone, about, path)
     mine = {name.removeprefix(BODY): tensor for name, tensor in tensors.items() if name.startswith(BODY)}
     checkpoint.restore(backbone, mine, path)
 
@@ -82,10 +82,7 @@ def load_exported(path: str | Path, weights: str | None = None) -> Trained:
     if about.get("backbone_only", True):
         raise InputError(f"'{path}' holds no neck and head: put it into a backbone with e3va_lite.load_adapters.")
     recipe = recipe_from(about["recipe"] | ({"weights": weights} if weights else {}))
-    model = build_model(recipe, len(about["classes"]))
-    _same_backbone(model.backbone.body, about, path)
-    checkpoint.restore(model, tensors, path)
-    return Trained(model, recipe, about["classes"], about["category_ids"], None, about["step"], about["weights"])
+    return rebuild(recipe, tensors, about, path)
 
 
 def open_trained(path: Path, best: bool = False, weights: str | None = None) -> Trained:
@@ -93,19 +90,3 @@ def open_trained(path: Path, best: bool = False, weights: str | None = None) -> 
     :func:`e3va_lite.training.trained.open_run`.
     """
     return load_exported(path, weights) if path.is_file() else open_run(path, best, weights)
-
-
-def _same_backbone(backbone: nn.Module, about: dict, path: Path) -> None:
-    if "backbone" not in about:
-        raise InputError(f"'{path}' was not written by `e3va export`: give the file of one.")
-    if _architecture(backbone.name) != _architecture(about["backbone"]):
-        raise InputError(f"'{path}' belongs to the backbone {about['backbone']}, not to {backbone.name}.")
-    if fingerprint(backbone.trunk) != about["weights"]:
-        raise InputError(
-            f"'{path}' was made with other pretrained weights of {about['backbone']} (their digest begins with "
-            f"{about['weights'][:12]}): load those."
-        )
-
-
-def _architecture(name: str) -> str:
-    return name.split(".")[0]

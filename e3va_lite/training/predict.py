@@ -1,4 +1,4 @@
-"""Predictions on anybody's images: pictures for people, and for tools the files that they read.
+"""Predictions on images: pictures of them, and files in the formats that COCO's and VOC's tools read.
 
     OUT/NAME.png                      the image with what was found in it
     OUT/classes.json                  the number of every class in the files below, and its name
@@ -12,7 +12,6 @@ The files hold all that the model returned, since metrics need it; a picture sho
 
 import io
 import json
-import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,6 +26,7 @@ from tqdm import tqdm
 
 from ..datasets.check import SMALLEST, UNREADABLE
 from ..errors import InputError, unknown
+from ..files import check_place, replacing
 from ..tasks.coco import results as coco_results
 from ..tasks.registry import NAMES, Known, predict_image
 from .pictures import palette, picture
@@ -95,7 +95,6 @@ def predict(
     paths, bad = _readable(paths, known)  # better now than after an hour
     if bad and not (skip_bad and paths):
         raise InputError(f"{bad[0]} {len(bad)} of {len(ids)} images cannot be used; --skip-bad leaves such images out.")
-    _make(out)
     results, lines, done, finished = [], {name: [] for name in classes}, 0, False
     was_training = model.training
     model.to(device).eval()
@@ -115,22 +114,23 @@ def predict(
                 _save(out / "masks" / name, _png(_index_image(prediction["mask"], numbers)))
             else:
                 results += coco_results(prediction, ids[path], numbers)
-                voc_lines = _voc_lines(path.stem, prediction)
-                for line, label in zip(voc_lines, prediction["labels"].tolist(), strict=True):
+                for label, line in _voc_lines(path.stem, prediction):
                     lines[classes[label - 1]].append(line)
             done += 1
         finished = True
     finally:
         model.train(was_training)
-        if task == "voc":
-            for name, safe in file_names(lines).items():
-                _save(out / f"comp4_det_test_{safe}.txt", "".join(lines[name]).encode())
-        if task != "ade20k":
-            _save(out / "results.json", json.dumps(results).encode())
         by_number = dict(zip(numbers.tolist(), classes, strict=True))
-        _save(out / "classes.json", json.dumps(by_number, indent=2, ensure_ascii=False).encode())
+        texts = {"classes.json": json.dumps(by_number, indent=2, ensure_ascii=False)}
+        if task == "voc":
+            texts |= {f"comp4_det_test_{safe}.txt": "".join(lines[name]) for name, safe in file_names(lines).items()}
+        if task != "ade20k":
+            texts["results.json"] = json.dumps(results)
         if bad:
-            _save(out / "left_out.txt", "".join(f"{error}\n" for error in bad).encode())
+            texts["left_out.txt"] = "".join(f"{error}\n" for error in bad)
+        for name, text in texts.items():
+            _save(out / name, text.encode())
+        if bad:
             warnings.warn(f"{len(bad)} images were left out: {' '.join(map(str, bad))}", stacklevel=2)
         if not finished:
             warnings.warn(f"'{out}' holds the first {done} of {len(paths)} images.", stacklevel=2)
@@ -266,36 +266,20 @@ def _check_out(out: Path, paths: list[Path], names: Iterable[str], overwrite: bo
     if {folder.resolve() for folder in (out, out / "masks")} & {path.parent.resolve() for path in paths}:
         raise InputError(f"'{out}' holds the images themselves: choose another --out.")
     for folder in (out, out / "masks"):
-        there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
-        if not there.is_dir() or not os.access(there, os.W_OK):
-            raise InputError(
-                f"'{folder}' cannot be a folder ('{there}' is none, or cannot be written to): choose another --out."
-            )
+        check_place(folder, overwrite=True, folder=True)
     if out.exists() and not overwrite and any(out.iterdir()):
         raise InputError(f"'{out}' is not empty: choose another --out, or pass --overwrite.")
     for file in (folder / f"{name}.png" for folder in (out, out / "masks") for name in names):
-        if file.is_dir():
-            raise InputError(f"'{file}' is a folder, where a picture is to be written: choose another --out.")
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"'{folder}' cannot be a folder ({error}): choose another --out.") from None
+        check_place(file, overwrite=True)
 
 
 def _save(path: Path, content: bytes) -> None:
-    """Write a file under another name and rename it, so that under its own name there is always a whole one."""
-    unfinished = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_bytes(content)
-        unfinished.replace(path)
+        with replacing(path) as unfinished:
+            unfinished.write_bytes(content)
     except OSError as error:
         raise InputError(f"'{path}' cannot be written ({error}): make room, or choose another --out.") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _png(image: Image.Image) -> bytes:
@@ -306,9 +290,9 @@ def _png(image: Image.Image) -> bytes:
 
 def _numbers(task: str, count: int, category_ids: Sequence[int] | None, ignore: int) -> np.ndarray:
     """What the files call the classes, (K,)."""
-    if task != "ade20k":
-        return np.arange(count) + 1 if category_ids is None else np.array(category_ids)
     numbers = np.arange(count)
+    if task != "ade20k":
+        return numbers + 1 if category_ids is None else np.array(category_ids)
     numbers += numbers >= ignore
     if numbers[-1] >= VOID:
         raise InputError(f"{count} classes with ignore {ignore} do not fit into a mask of 8 bits: have fewer classes.")
@@ -324,7 +308,8 @@ def _index_image(mask: Tensor, numbers: np.ndarray) -> Image.Image:
     return image
 
 
-def _voc_lines(stem: str, prediction: dict) -> list[str]:
-    """One image's boxes as the devkit reads them: pixels count from 1, and the last one belongs to the box."""
-    rows = zip(prediction["scores"].tolist(), prediction["boxes"].tolist(), strict=True)
-    return [f"{stem} {score:.9g} {x1 + 1:.9g} {y1 + 1:.9g} {x2:.9g} {y2:.9g}\n" for score, (x1, y1, x2, y2) in rows]
+def _voc_lines(stem: str, prediction: dict) -> Iterator[tuple[int, str]]:
+    """Label and line of each box of an image as the devkit reads them: pixels count from 1, the last one included."""
+    columns = (prediction[name].tolist() for name in ("labels", "scores", "boxes"))
+    for label, score, (x1, y1, x2, y2) in zip(*columns, strict=True):
+        yield label, f"{stem} {score:.9g} {x1 + 1:.9g} {y1 + 1:.9g} {x2:.9g} {y2:.9g}\n"

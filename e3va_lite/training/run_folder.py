@@ -37,14 +37,12 @@ def claimed(run: Path, overwrite: bool, resume: bool) -> Iterator[None]:
     if not resume:
         _check_free(run, overwrite)
     new = not run.exists()
+    lock = FileLock(run / LOCK)
     try:
         run.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(run / LOCK)
         lock.acquire(timeout=LOCK_SECONDS if resume else 0)
     except Timeout:
-        raise InputError(
-            f"another training is writing into '{run}': wait for its end or choose another --out."
-        ) from None
+        raise InputError(f"another training is writing into '{run}': wait for it or choose another --out.") from None
     except NotImplementedError:  # a file system without locks
         warnings.warn(f"'{run}' cannot be locked there: start no second training in it.", stacklevel=2)
     except OSError as error:
@@ -62,6 +60,14 @@ def claimed(run: Path, overwrite: bool, resume: bool) -> Iterator[None]:
 def contents(run: Path) -> list[Path]:
     """What is in the folder, if there is one, but for the lock and what a process that was killed had not finished."""
     return [path for path in run.iterdir() if path.name != LOCK and path.suffix != ".tmp"] if run.is_dir() else []
+
+
+def default_run(name: str, new: bool) -> Path:
+    """``runs/NAME``, ``runs/NAME-2``, ...: the first that is free for a new run, or else the latest one."""
+    latest, number = None, 1
+    while contents(free := Path("runs") / (name if number == 1 else f"{name}-{number}")):
+        latest, number = free, number + 1
+    return free if new or latest is None else latest
 
 
 def _check_free(run: Path, overwrite: bool) -> None:

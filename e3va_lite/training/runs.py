@@ -86,7 +86,7 @@ def train(
             "root": str(root),
             "classes": list(train_set.classes),
             "category_ids": getattr(train_set, "category_ids", None),
-            "weights": fingerprint(model.backbone.body.trunk),
+            "weights": fingerprint(model.backbone.body.backbone),
             "images": {recipe.train_split: len(train_set), recipe.eval_split: len(eval_set)},
             "processes": world(),
         }
@@ -100,10 +100,8 @@ def train(
                 fit(model, train_set, recipe, device, recorder.begin, recorder.after)
             return recorder.finish(machine(recipe, device)) if rank() == 0 else None
         except OSError as error:  # the disk is full, or gone
-            raise InputError(
-                f"'{run}' cannot be written ({error}): the last good checkpoint is kept; make room and go on with "
-                "--resume."
-            ) from error
+            kept = "the last good checkpoint is kept; make room and go on with --resume"
+            raise InputError(f"'{run}' cannot be written ({error}): {kept}.") from error
         finally:
             recorder.close()
 
@@ -166,24 +164,22 @@ class _Recorder:
         if self.resume and (self.run / LAST).is_file():
             tensors, state = checkpoint.read(self.run / LAST)
             was = state["about"]
-            now = {
-                key: value for key, value in self.about.items() if key not in ("root", "init")
-            }  # root may have moved
+            # The data may lie elsewhere now.
+            now = {key: value for key, value in self.about.items() if key not in ("root", "init")}
             if differ := {key: [was.get(key), value] for key, value in now.items() if was.get(key) != value}:
                 raise differing(f"the data, weights or processes of '{self.run}' have changed", differ)
             if "init" in was:
                 self.about["init"] = was["init"]
-            checkpoint.restore(training.model, checkpoint.without_optimizer(tensors), self.run / LAST)
+            checkpoint.restore(training.model, tensors, self.run / LAST)
             checkpoint.restore_optimizer(training.model, training.optimizer, tensors)
             training.scaler.load_state_dict(state["scaler"])
-            self.evaluations, self.seconds, self.changes = (
-                *(state["evaluations"], state["seconds"]),
-                state.get("changes", []),
-            )
+            self.evaluations, self.seconds = state["evaluations"], state["seconds"]
+            self.changes = state.get("changes", [])
             self.steps = self.saved = training.step = state["step"]
             if training.step > training.total:
                 raise InputError(f"'{self.run}' has done {training.step} steps already: train for more than that.")
-        self.training, self.clock, self.saved_at = training, time.monotonic(), time.monotonic()
+        self.training = training
+        self.clock = self.saved_at = time.monotonic()
         if self.resume:
             say(f"resuming at step {training.step} of {training.total}")
             self._open()
@@ -278,8 +274,8 @@ class _Recorder:
             tensors = checkpoint.kept_state(training.model)
             tensors |= checkpoint.optimizer_tensors(training.model, training.optimizer)
             checkpoint.write(self.run / LAST, tensors, state)
-        self.saved, self.saved_at = training.step, time.monotonic()
-        self.clock = self.saved_at
+        self.saved = training.step
+        self.clock = self.saved_at = time.monotonic()
 
     def rescue(self) -> bool:
         """Save the last complete step, if that is still to be done and can be; whether there is a checkpoint now."""
@@ -323,10 +319,22 @@ def evaluate_run(
     if root is None and trained.root is None:
         raise InputError(f"'{run}' is an exported file, which does not name its data: give the folder with --root.")
     recipe, split = trained.recipe, split or trained.recipe.eval_split
-    data = task_module(recipe.task).dataset(
-        recipe, root or trained.root, split, trained.classes, train=False, strict=strict
-    )
+    dataset = task_module(recipe.task).dataset
+    data = dataset(recipe, root or trained.root, split, trained.classes, train=False, strict=strict)
     metrics = evaluate(trained.model, data, recipe, device)
-    if metrics is None:
-        return None
-    return {"run": str(run), "result": {"step": trained.step, "split": split, **metrics}}
+    return metrics and {"run": str(run), "result": {"step": trained.step, "split": split, **metrics}}
+
+
+def metrics_text(metrics: dict) -> str:
+    """A line per class, where a metric has a value for every class, and a line per metric."""
+    tables = {name: values for name, values in metrics.items() if isinstance(values, dict)}
+    lines = []
+    for label in dict.fromkeys(label for values in tables.values() for label in values):
+        cells = ["    -" if (x := values[label]) is None else f"{x:.3f}" for values in tables.values()]
+        lines.append(f"  {label:24s} {'  '.join(cells)}")
+    if tables:
+        lines.append(f"  ({', '.join(tables)})")
+    for name, value in metrics.items():
+        if name not in ("step", "split", *tables):
+            lines.append(f"{name} on '{metrics['split']}': {'-' if value is None else f'{value:.3f}'}")
+    return "\n".join(lines)

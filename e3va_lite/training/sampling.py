@@ -53,16 +53,18 @@ class StepSampler(Sampler):
 class _Items(Dataset):
     """A dataset indexed by (epoch, index), whose random numbers are seeded by both.
 
-    An :class:`InputError` is returned as an item, since a worker process would wrap it in a traceback.
+    An item has numpy arrays, which travel as bytes: a tensor out of a worker holds a file as long as it lives. An
+    :class:`InputError` is returned as an item, since a worker process would wrap it in a traceback.
     """
 
     def __init__(self, dataset: Dataset, seed: int) -> None:
         self.dataset, self.seed = dataset, seed
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, dict] | InputError:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[np.ndarray, dict] | InputError:
         try:
             with seeded(self.seed, *key):
-                return self.dataset[key[1]]
+                image, target = self.dataset[key[1]]
+            return image.numpy(), {k: v.numpy() if isinstance(v, Tensor) else v for k, v in target.items()}
         except InputError as error:
             return error
 
@@ -78,7 +80,7 @@ def loader(dataset: Dataset, batches: Iterable, seed: int, workers: int) -> Iter
         _Items(dataset, seed),
         batch_sampler=batches,
         num_workers=workers,
-        collate_fn=_without_tensors,
+        collate_fn=list,
         generator=own,
         worker_init_fn=_start_worker,
     ):
@@ -86,21 +88,8 @@ def loader(dataset: Dataset, batches: Iterable, seed: int, workers: int) -> Iter
             if isinstance(item, InputError):
                 raise item
         images, targets = zip(*items, strict=True)
-        yield [torch.from_numpy(image) for image in images], [_with_tensors(target) for target in targets]
-
-
-def _without_tensors(items: list) -> list:
-    """The items with numpy arrays, which travel as bytes: a tensor out of a worker holds a file as long as it lives."""
-    return [
-        item
-        if isinstance(item, InputError)
-        else (item[0].numpy(), {k: v.numpy() if isinstance(v, Tensor) else v for k, v in item[1].items()})
-        for item in items
-    ]
-
-
-def _with_tensors(target: dict) -> dict:
-    return {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in target.items()}
+        targets = [{k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in t.items()} for t in targets]
+        yield [torch.from_numpy(image) for image in images], targets
 
 
 def _start_worker(_: int) -> None:
@@ -128,9 +117,5 @@ def seeded(*key: int) -> Iterator[None]:
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """Move the tensors of images and targets to the device."""
     images, targets = batch
-    return [image.to(device) for image in images], [on(target, device) for target in targets]
-
-
-def on(items: dict, device: torch.device | str) -> dict:
-    """Move the tensors of a target or prediction to the device."""
-    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in items.items()}
+    moved = [{k: v.to(device) if isinstance(v, Tensor) else v for k, v in target.items()} for target in targets]
+    return [image.to(device) for image in images], moved

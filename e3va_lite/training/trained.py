@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..backbones.weights import fingerprint
 from ..errors import InputError
@@ -37,23 +37,39 @@ def open_run(run: Path, best: bool = False, weights: str | None = None) -> Train
     Raises:
         InputError: For a folder that is no run, a model that does not fit its recipe, or other pretrained weights.
     """
-    path = run / (BEST if best else LAST)
-    for file in (run / RECIPE, path):
-        if not file.is_file():
-            raise InputError(f"'{run}' is not a run with a checkpoint, it has no {file.name}: give the folder of one.")
-    recipe = load_recipe(str(run / RECIPE), {"weights": weights} if weights else None)
+    recipe, path = _file_of(run, RECIPE), _file_of(run, BEST if best else LAST)
+    recipe = load_recipe(str(recipe), {"weights": weights} if weights else None)
     tensors, state = checkpoint.read(path)
-    about = state["about"]
+    return rebuild(recipe, tensors, state["about"] | {"step": state["step"]}, path)
+
+
+def rebuild(recipe: Recipe, tensors: dict[str, Tensor], about: dict, path: Path) -> Trained:
+    """The model of a recipe with what was read from the checkpoint or exported file ``path``, on the CPU.
+
+    Raises:
+        InputError: If the tensors do not fit, or the pretrained weights are not those that they were trained with.
+    """
     model = build_model(recipe, len(about["classes"]))
-    if fingerprint(model.backbone.body.trunk) != about["weights"]:
+    check_weights(model.backbone.body, about, path)
+    checkpoint.restore(model, tensors, path)
+    root = Path(about["root"]) if "root" in about else None
+    return Trained(model, recipe, about["classes"], about["category_ids"], root, about["step"], about["weights"])
+
+
+def check_weights(backbone: nn.Module, about: dict, path: Path) -> None:
+    """Raise an :class:`InputError` if a backbone has other pretrained weights than those that ``path`` belongs to."""
+    if fingerprint(backbone.backbone) != about["weights"]:
+        wanted = f"their digest begins with {about['weights'][:12]}"
         raise InputError(
-            f"the pretrained weights of {recipe.backbone} are not those that '{run}' was trained with: give them with "
-            "--weights."
+            f"'{path}' was trained with another backbone or other pretrained weights of {backbone.name} ({wanted}): "
+            "give those, on the command line with --weights."
         )
-    checkpoint.restore(model, checkpoint.without_optimizer(tensors), path)
-    return Trained(
-        model, recipe, about["classes"], about["category_ids"], Path(about["root"]), state["step"], about["weights"]
-    )
+
+
+def _file_of(run: Path, name: str) -> Path:
+    if not (run / name).is_file():
+        raise InputError(f"'{run}' is not a run with a checkpoint, it has no {name}: give the folder of one.")
+    return run / name
 
 
 def start_from(model: nn.Module, source: Path, classes: list[str]) -> dict:
@@ -70,30 +86,21 @@ def start_from(model: nn.Module, source: Path, classes: list[str]) -> dict:
     Raises:
         InputError: If ``source`` is neither, was trained beside other pretrained weights, or has nothing that fits.
     """
-    path = source / LAST if source.is_dir() else source
-    if source.is_dir() and not path.is_file():
-        raise InputError(f"'{source}' is not a run with a checkpoint, it has no {LAST}: give the folder of one.")
-    tensors, about = checkpoint.read(path)
+    tensors, about = checkpoint.read(_file_of(source, LAST) if source.is_dir() else source)
     about = about.get("about", about)  # a run's checkpoint has more to say than an exported file
-    if fingerprint(model.backbone.body.trunk) != about["weights"]:
-        raise InputError(
-            f"'{source}' was trained beside other pretrained weights: start with its backbone and weights."
-        )
-    wanted = checkpoint.kept_state(model)
+    check_weights(model.backbone.body, about, source)
     earlier = checkpoint.without_optimizer(tensors)
-    fits = {name: x for name, x in earlier.items() if name in wanted and x.shape == wanted[name].shape}
+    there, here = (
+        {name: tuple(x.shape) for name, x in state.items()} for state in (earlier, checkpoint.kept_state(model))
+    )
+    fits = [name for name in there if there[name] == here.get(name)]
     if not fits:
         raise InputError(f"nothing in '{source}' fits this model: start with its method, or without --init.")
-    model.load_state_dict(fits, strict=False)
-    shapes = {name: tuple(x.shape) for name, x in wanted.items()}
+    model.load_state_dict({name: earlier[name] for name in fits}, strict=False)
     return {
         "from": str(source.absolute()),
         "classes": about["classes"],
         "taken": len(fits),
-        "not_taken": {
-            name: f"{tuple(x.shape)} there, {shapes.get(name, 'nothing')} here"
-            for name, x in earlier.items()
-            if name not in fits
-        },
-        "new": [name for name in wanted if name not in earlier],
+        "not_taken": {k: f"{v} there, {here.get(k, 'nothing')} here" for k, v in there.items() if k not in fits},
+        "new": [name for name in here if name not in there],
     }

@@ -36,9 +36,9 @@ def test_memory_as_json(how):
         assert row["share_of_full"] == pytest.approx(row["peak"] / rows["full"]["peak"], abs=1e-4)
         assert 0 < row["ends"]["forward"] < row["ends"]["backward"] < row["ends"]["optimizer"] <= 1
     assert rows["fixed"]["largest"]["gradients"] < rows["e3va"]["largest"]["gradients"]
-    assert not any(name.startswith("backbone.body.trunk") for name in rows["fixed"]["by_module"])
+    assert not any(name.startswith("backbone.body.backbone") for name in rows["fixed"]["by_module"])
     # The paper's point: what the highway keeps, its adapters keep; nothing is kept inside the backbone's blocks.
-    blocks = {m: [name for name in rows[m]["by_module"] if ".trunk." in name and ".blocks." in name] for m in rows}
+    blocks = {m: [name for name in rows[m]["by_module"] if ".backbone." in name and ".blocks." in name] for m in rows}
     assert len(blocks["full"]) > 8 and not blocks["e3va"]
     assert sum(".adapters." in name for name in rows["e3va"]["by_module"]) > 8
 

@@ -182,7 +182,7 @@ def test_another_flag_is_another_drawing():
     """One module of a frozen backbone is trained: its box changes, and the way from the loss to it."""
     live = backbone("fixed")
     assert not any(travelled(p) for name, p in shapes(diagrams.figure5({"": live}, IMAGE)).items() if name != "length")
-    live.trunk.layers[2].blocks[1].mlp.fc2.requires_grad_()
+    live.backbone.layers[2].blocks[1].mlp.fc2.requires_grad_()
     parts = shapes(diagrams.figure5({"": live}, IMAGE))
     assert trained(parts["mlp"]) and travelled(parts["mlp"]) and travelled(parts["l_out"])
     assert not travelled(parts["norm2"]) and not travelled(parts["sum1"]) and not travelled(parts["sum1>sum2"])
@@ -194,7 +194,7 @@ def test_another_flag_is_another_drawing():
 def test_a_leak_is_seen(monkeypatch):
     """Without ``no_grad`` and with one flag on, a gradient runs down the stream: the drawing shows it."""
     live = backbone("e3va")
-    live.trunk.patch_embed.proj.bias.requires_grad_()
+    live.backbone.patch_embed.proj.bias.requires_grad_()
     assert not travelled(shapes(diagrams.figure5({"": live}, IMAGE))["attn"])
     monkeypatch.setattr(highway, "torch", types.SimpleNamespace(no_grad=contextlib.nullcontext))
     parts = shapes(diagrams.figure5({"": live}, IMAGE))

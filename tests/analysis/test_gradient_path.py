@@ -161,14 +161,14 @@ def test_other_methods_run_through_the_backbone(method, parameters, images, devi
     found = trace(build_backbone(method, "swin_nano").to(device), images)
     assert found.backbone_parameters_reached == parameters
     assert found.backbone_activations_reached > 70  # nine outputs in each of eight blocks, and more
-    assert {"trunk.layers.2.blocks.1.attn", "trunk.layers.2.blocks.1.mlp.fc1"} <= set(found.modules)
+    assert {"backbone.layers.2.blocks.1.attn", "backbone.layers.2.blocks.1.mlp.fc1"} <= set(found.modules)
     assert all(block.stream_reached for block in found.blocks[1:])
 
 
 def test_a_leak_is_found(images, device):
     model = build_backbone("e3va", "swin_nano").to(device)
     assert trace(leaky(model, guard=False), images).backbone_activations_reached == 0
-    model.trunk.layers[2].blocks[0].attn.qkv.weight.requires_grad_()
+    model.backbone.layers[2].blocks[0].attn.qkv.weight.requires_grad_()
     found = trace(model, images)
     assert found.backbone_parameters_reached == 1 and found.backbone_activations_reached > 10
     assert trace(leaky(model, taps_of_e=True), images).backbone_activations_reached > 50
@@ -176,7 +176,7 @@ def test_a_leak_is_found(images, device):
 
 def test_inherited_reductions_are_passed_by_design(images, device, monkeypatch):
     backbone = build_backbone("e3va", "swin_nano").to(device)
-    assert "trunk.layers.1.downsample" in trace(backbone, images).modules
+    assert "backbone.layers.1.downsample" in trace(backbone, images).modules
     monkeypatch.setattr(type(backbone), "passed_by_design", [])
     assert trace(backbone, images).backbone_activations_reached == 3 * 2  # norm and projection, three times
 
@@ -283,10 +283,10 @@ def test_bytes_counted_by_hand():
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
-            self.trunk = nn.Linear(4, 8, bias=False)
+            self.backbone = nn.Linear(4, 8, bias=False)
 
         def forward(self, x):
-            hidden = self.trunk(x).exp()  # keeps x, for the weight's gradient, and exp's result
+            hidden = self.backbone(x).exp()  # keeps x, for the weight's gradient, and exp's result
             return hidden.view(-1).sin().view(2, 8) + hidden.cos()  # both keep hidden: one storage, once
 
     for device in ("cpu", "meta"):
@@ -360,10 +360,10 @@ def test_a_graph_that_hides_is_an_error():
     class Reentrant(nn.Module):
         def __init__(self, reentrant):
             super().__init__()
-            self.trunk, self.reentrant = nn.Linear(3, 3), reentrant
+            self.backbone, self.reentrant = nn.Linear(3, 3), reentrant
 
         def forward(self, x):
-            return checkpoint(self.trunk, x, use_reentrant=self.reentrant)
+            return checkpoint(self.backbone, x, use_reentrant=self.reentrant)
 
     x = torch.ones(1, 3, requires_grad=True)
     assert trace(Reentrant(False), x).longest_path == LOSS + 1
@@ -388,7 +388,7 @@ def test_the_model_is_put_back(method, images, device):
     trace(backbone, images)
     with torch.no_grad():
         trace(backbone, images)  # whoever calls it from there
-    for wrong in ({"loss": failing}, {"backbone": "trunk"}):
+    for wrong in ({"loss": failing}, {"backbone": "backbone"}):
         with pytest.raises((RuntimeError, InputError)):
             trace(backbone, images if "loss" in wrong else images[..., :8], **wrong)  # the loss, the forward pass
     assert [module.training for module in backbone.modules()] == modes

@@ -47,10 +47,10 @@ def test_fixed_with_trained_norms_is_isolated(images, device):
 @pytest.mark.parametrize(
     ("method", "evidence"),
     [
-        ("full", "parameter trunk.layers.2.blocks.0.attn.qkv.weight got a gradient"),
-        ("adapter", "the graph passes module trunk.layers.2.blocks.0.mlp.fc1"),
-        ("lora", "the graph passes module trunk.layers.2.blocks.0.attn.qkv"),
-        ("bitfit", "parameter trunk.layers.2.blocks.0.mlp.fc1.bias was moved by the optimizer"),
+        ("full", "parameter backbone.layers.2.blocks.0.attn.qkv.weight got a gradient"),
+        ("adapter", "the graph passes module backbone.layers.2.blocks.0.mlp.fc1"),
+        ("lora", "the graph passes module backbone.layers.2.blocks.0.attn.qkv"),
+        ("bitfit", "parameter backbone.layers.2.blocks.0.mlp.fc1.bias was moved by the optimizer"),
     ],
 )
 def test_methods_that_run_through_the_backbone_fail(method, evidence, images, device):
@@ -88,9 +88,9 @@ def leaky(model, guard=True, taps_of_e=False, into_stream=False):
     def forward(self, images):
         no_grad = torch.no_grad if guard else contextlib.nullcontext
         with no_grad():
-            l = embed(self.trunk, images)
+            l = embed(self.backbone, images)
         e, maps = l, {}
-        for number, (stage, adapters) in enumerate(zip(self.trunk.layers, self.adapters, strict=True), start=1):
+        for number, (stage, adapters) in enumerate(zip(self.backbone.layers, self.adapters, strict=True), start=1):
             e = stage.downsample(e)
             with no_grad():
                 l = stage.downsample(l)
@@ -136,38 +136,40 @@ def test_the_copied_forward_pass_has_no_leak_of_its_own(model, images):
 
 
 def test_leak_flag_left_on_without_no_grad(model, images):
-    model.trunk.layers[1].blocks[0].attn.qkv.weight.requires_grad_()
+    model.backbone.layers[1].blocks[0].attn.qkv.weight.requires_grad_()
     assert_isolated(model, images)  # harmless behind no_grad
     caught(
         leaky(model, guard=False),
         images,
-        "parameter trunk.layers.1.blocks.0.attn.qkv.weight got a gradient",
-        "the graph ends in parameter trunk.layers.1.blocks.0.attn.qkv.weight",
-        "parameter trunk.layers.1.blocks.0.attn.qkv.weight was moved",
+        "parameter backbone.layers.1.blocks.0.attn.qkv.weight got a gradient",
+        "the graph ends in parameter backbone.layers.1.blocks.0.attn.qkv.weight",
+        "parameter backbone.layers.1.blocks.0.attn.qkv.weight was moved",
     )
 
 
 def test_leak_taps_of_the_highway_instead_of_the_stream(model, images):
     leaky(model, taps_of_e=True)
-    assert not parameters_with_grad(model.train(), (images,), model.trunk, random_functional)  # flags do not see it
-    caught(model, images, "the graph passes module trunk.layers.0.blocks.1.norm1")
+    assert not parameters_with_grad(model.train(), (images,), model.backbone, random_functional)  # flags do not see it
+    caught(model, images, "the graph passes module backbone.layers.0.blocks.1.norm1")
 
 
 def test_leak_adapter_output_added_to_the_stream(model, images):
     caught(
-        leaky(model, guard=False, into_stream=True), images, "the graph passes module trunk.layers.0.blocks.1.attn.qkv"
+        leaky(model, guard=False, into_stream=True),
+        images,
+        "the graph passes module backbone.layers.0.blocks.1.attn.qkv",
     )
 
 
 def test_leak_shared_reduction_made_trainable(model, images):
-    model.trunk.layers[2].downsample.reduction.requires_grad_()
-    caught(model, images, "parameter trunk.layers.2.downsample.reduction.weight got a gradient")
+    model.backbone.layers[2].downsample.reduction.requires_grad_()
+    caught(model, images, "parameter backbone.layers.2.downsample.reduction.weight got a gradient")
 
 
 def test_leak_shared_norm_made_trainable(model, images):
-    model.trunk.layers[3].blocks[0].norm1.requires_grad_()
-    model.norms["4"] = model.trunk.layers[3].blocks[0].norm1
-    caught(model, images, "trunk.layers.3.blocks.0.norm1.weight got a gradient")
+    model.backbone.layers[3].blocks[0].norm1.requires_grad_()
+    model.norms["4"] = model.backbone.layers[3].blocks[0].norm1
+    caught(model, images, "backbone.layers.3.blocks.0.norm1.weight got a gradient")
 
 
 def test_leak_stochastic_depth_alive_after_train(model, images):
@@ -182,17 +184,17 @@ def test_leak_attention_dropout_alive_after_train(model, images):
         def train(self, mode=True):  # deaf to eval()
             return super().train(True)
 
-    model.trunk.layers[0].blocks[0].attn.attn_drop = Awake(0.3)
+    model.backbone.layers[0].blocks[0].attn.attn_drop = Awake(0.3)
     caught(model, images, "attn_drop is not repeatable")
 
 
 def test_leak_patch_embedding_outside_the_guard(model, images):
-    model.trunk.patch_embed.proj.bias.requires_grad_()
-    caught(leaky(model, guard=False), images, "the graph ends in parameter trunk.patch_embed.proj.bias")
+    model.backbone.patch_embed.proj.bias.requires_grad_()
+    caught(leaky(model, guard=False), images, "the graph ends in parameter backbone.patch_embed.proj.bias")
 
 
 def test_leak_weight_tied_between_adapter_and_backbone(model, images):
-    adapter, block = model.adapters[0][0][0], model.trunk.layers[0].blocks[0]
+    adapter, block = model.adapters[0][0][0], model.backbone.layers[0].blocks[0]
     adapter.up.b = block.norm1.bias  # the same parameter in two places, trainable in both
     block.norm1.bias.requires_grad_()
     caught(model, images, "norm1.bias got a gradient")
@@ -315,13 +317,13 @@ class BesideIt(nn.Module):
 
     def __init__(self, copy_weights=False):
         super().__init__()
-        self.trained, self.trunk = nn.Linear(3, 3), nn.Linear(3, 3).requires_grad_(False)
+        self.trained, self.backbone = nn.Linear(3, 3), nn.Linear(3, 3).requires_grad_(False)
         self.copy_weights = copy_weights
 
     def forward(self, x):
-        frozen = self.trunk
+        frozen = self.backbone
         if self.copy_weights:
-            weight, bias = self.trunk.weight, self.trunk.bias
+            weight, bias = self.backbone.weight, self.backbone.bias
             return Hidden.apply(lambda x: nn.functional.linear(x, weight.t().contiguous().t(), bias), self.trained(x))
         return Hidden.apply(frozen, self.trained(x))
 
@@ -329,11 +331,11 @@ class BesideIt(nn.Module):
 @pytest.mark.parametrize("copy_weights", [False, True])
 def test_leak_inside_a_custom_backward_pass(copy_weights, device):
     model, x = BesideIt(copy_weights).to(device), torch.randn(4, 3, device=device)
-    assert not reached_by_graph(model, (x,), model.trunk, random_functional)  # a walk of the graph does not see it
-    assert not parameters_with_grad(model, (x,), model.trunk, random_functional)
+    assert not reached_by_graph(model, (x,), model.backbone, random_functional)  # a walk of the graph does not see it
+    assert not parameters_with_grad(model, (x,), model.backbone, random_functional)
     with pytest.raises(IsolationError) as error:
         assert_isolated(model, x)
-    assert "a gradient meets parameter trunk.weight in the backward pass" in str(error.value)
+    assert "a gradient meets parameter backbone.weight in the backward pass" in str(error.value)
     assert len(str(error.value).splitlines()) == 2  # no other proof sees it
 
 
@@ -345,7 +347,7 @@ def test_leak_of_a_fast_highway_that_trains_through_the_stream(fast, images, mon
 
     def leaky(highway, *args):
         shared = honest(highway, *args)
-        block = highway.trunk.layers[0].blocks[0]
+        block = highway.backbone.layers[0].blocks[0]
         with torch.enable_grad():
             x = torch.zeros_like(shared[0]).requires_grad_()
             y = block.mlp(x)
@@ -353,11 +355,11 @@ def test_leak_of_a_fast_highway_that_trains_through_the_stream(fast, images, mon
         return shared
 
     monkeypatch.setattr(module, "_shared_gradients", leaky)
-    caught(fast, images, "a gradient meets parameter trunk.layers.0.blocks.0.mlp.fc2.weight in the backward pass")
+    caught(fast, images, "a gradient meets parameter backbone.layers.0.blocks.0.mlp.fc2.weight in the backward pass")
 
 
 def test_a_fast_highway_gives_the_backbone_nothing_even_where_flags_ask_for_it(fast, images):
-    fast.trunk.requires_grad_()
+    fast.backbone.requires_grad_()
     assert_isolated(fast, images)
 
 
@@ -370,11 +372,11 @@ def test_a_fast_highway_runs_nothing_random(fast, images):
 def test_reductions_that_are_passed_have_to_be_declared_in_the_backward_pass_too(fast, images, monkeypatch):
     from e3va_lite.analysis.isolation import met_in_backward
 
-    assert not met_in_backward(fast.train(), (images,), fast.trunk, random_functional)
+    assert not met_in_backward(fast.train(), (images,), fast.backbone, random_functional)
     monkeypatch.setattr(type(fast), "passed_by_design", [])
-    findings = met_in_backward(fast.train(), (images,), fast.trunk, random_functional)
+    findings = met_in_backward(fast.train(), (images,), fast.backbone, random_functional)
     assert findings == [
-        f"a gradient meets parameter trunk.layers.{i}.downsample.{name} in the backward pass"
+        f"a gradient meets parameter backbone.layers.{i}.downsample.{name} in the backward pass"
         for i in (1, 2, 3)
         for name in ("norm.bias", "norm.weight", "reduction.weight")  # torch hands the bias over, too, and uses it not
     ]
@@ -388,7 +390,7 @@ def test_no_backbone_is_an_error(backbone, images):
 
 def test_what_is_passed_by_design_has_to_be_declared(model, images, monkeypatch):
     """The highway runs through the stream's reductions; undeclared, the same graph is a finding."""
-    assert not reached_by_graph(model.train(), (images,), model.trunk, random_functional)
+    assert not reached_by_graph(model.train(), (images,), model.backbone, random_functional)
     monkeypatch.setattr(type(model), "passed_by_design", [])
-    findings = reached_by_graph(model.train(), (images,), model.trunk, random_functional)
-    assert "the graph passes module trunk.layers.1.downsample" in findings
+    findings = reached_by_graph(model.train(), (images,), model.backbone, random_functional)
+    assert "the graph passes module backbone.layers.1.downsample" in findings

@@ -18,7 +18,7 @@ from e3va_lite.analysis.cost import memory_of, with_method
 from e3va_lite.analysis.isolation import random_functional
 from e3va_lite.backbones import dinov3, swin_v2, vit
 from e3va_lite.backbones.base import embed, f_p1, f_p2, is_neck, trainable_parameters
-from e3va_lite.backbones.registry import FAMILIES, backbone_names, create_trunk
+from e3va_lite.backbones.registry import FAMILIES, backbone_names, create_backbone
 from e3va_lite.fused.frozen_stream import run
 from e3va_lite.methods.registry import METHODS, OTHERS
 from e3va_lite.recipes.schema import load_recipe
@@ -93,11 +93,11 @@ def small(family, method="fixed", **options):
 
 def test_the_blocks_are_timms(family):
     """By timm's own forward pass, at a size where it pads nothing."""
-    model, trunk = timms(family), create_trunk(NAMES[family])
+    model, backbone = timms(family), create_backbone(NAMES[family])
     images = torch.randn(2, 3, 256, 256) if family == "swin_v2" else torch.randn(2, 3, 112, 224)
     with torch.no_grad():
-        x = embed(trunk, images)
-        for stage in trunk.layers:
+        x = embed(backbone, images)
+        for stage in backbone.layers:
             x = stage.downsample(x)
             for block in stage.blocks:
                 x = x + f_p1(block, x)
@@ -106,7 +106,7 @@ def test_the_blocks_are_timms(family):
             expected = model.layers(model.patch_embed(images))
         else:
             expected = model.forward_intermediates(images, indices=[2], intermediates_only=True)[0].permute(0, 2, 3, 1)
-            x = x[:, vit.rows_of(trunk.num_prefix_tokens, x.shape[2]) :]
+            x = x[:, vit.rows_of(backbone.num_prefix_tokens, x.shape[2]) :]
     assert expected.std() > 0.1
     torch.testing.assert_close(x, expected, atol=1e-5, rtol=1e-5)
 
@@ -142,7 +142,7 @@ def test_no_gradient_reaches_the_backbone(family, method, memory):
 
 @pytest.mark.parametrize("method", INSIDE)
 def test_where_the_gradient_goes_inside_it_is_said(family, method):
-    caught(small(family, method), torch.randn(1, 3, 64, 96), "trunk.layers.")
+    caught(small(family, method), torch.randn(1, 3, 64, 96), "backbone.layers.")
 
 
 @pytest.mark.parametrize("structure", ["stacked", "chained"])
@@ -155,7 +155,7 @@ def test_the_fast_highway_computes_what_the_equations_say(family, memory):
     images = torch.randn(2, 3, 75, 101, dtype=torch.float64)
     highway = small(family, "e3va", memory=memory).double().train()
     for name, p in highway.named_parameters():
-        if not name.startswith("trunk."):
+        if not name.startswith("backbone."):
             p.data += 0.2 * torch.randn_like(p)
     maps, found = gradients(highway, images)
     highway.memory = "reference"
@@ -166,16 +166,16 @@ def test_the_fast_highway_computes_what_the_equations_say(family, memory):
 
 
 def test_the_frozen_stream_is_the_blocks(family):
-    trunk = create_trunk(NAMES[family])
+    backbone = create_backbone(NAMES[family])
     with torch.no_grad():
-        x = fast = trunk.layers[0].downsample(embed(trunk, torch.randn(2, 3, 75, 101)))
-        for block in trunk.layers[0].blocks:
+        x = fast = backbone.layers[0].downsample(embed(backbone, torch.randn(2, 3, 75, 101)))
+        for block in backbone.layers[0].blocks:
             x = x + f_p1(block, x)
             x = x + f_p2(block, x)
         fast = fast.clone().contiguous()
-        pieces = list(run(trunk.layers[0], fast))
+        pieces = list(run(backbone.layers[0], fast))
     torch.testing.assert_close(fast, x, atol=1e-5, rtol=1e-5)
-    assert len(pieces) == len(trunk.layers[0].blocks)
+    assert len(pieces) == len(backbone.layers[0].blocks)
 
 
 def test_lora_changes_what_the_attention_computes(family):
@@ -239,16 +239,16 @@ def test_weights_come_from_a_file(family, tmp_path):
             p += 1
     path = tmp_path / "w.safetensors"
     save_file({f"backbone.{key}": value for key, value in other.state_dict().items()}, path)
-    trunk = create_trunk(NAMES[family], weights=path)
-    torch.testing.assert_close(trunk.patch_embed.proj.weight, other.patch_embed.proj.weight)
-    last = trunk.layers[-1].blocks[-1].mlp.fc2.weight
+    backbone = create_backbone(NAMES[family], weights=path)
+    torch.testing.assert_close(backbone.patch_embed.proj.weight, other.patch_embed.proj.weight)
+    last = backbone.layers[-1].blocks[-1].mlp.fc2.weight
     theirs = other.layers[-1].blocks[-1] if family == "swin_v2" else other.blocks[-1]
     torch.testing.assert_close(last, theirs.mlp.fc2.weight)
 
 
 @pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_copy_has_its_own_parts(family, copy_of):
-    """Nothing of a trunk depends on another's modules, RoPE's tables included."""
+    """Nothing of a backbone depends on another's modules, RoPE's tables included."""
     model = small(family, "e3va")
     images = torch.randn(1, 3, 64, 96)
     copied, before = copy_of(model).eval(), model.eval()(images)
@@ -294,6 +294,6 @@ def test_a_planted_leak_is_found(family, method):
     """A trained parameter let into the stream."""
     model = small(family, method, **({"memory": "reference"} if method == "e3va" else {}))
     trained = next(p for name, p in model.named_parameters() if p.requires_grad and name.startswith("norms."))
-    block = model.trunk.layers[-1].blocks[-1]
+    block = model.backbone.layers[-1].blocks[-1]
     block.mlp.register_forward_pre_hook(lambda module, args: (args[0] + 0 * trained.sum(),))
     caught(WithGraph(model), torch.randn(1, 3, 64, 96), "mlp")

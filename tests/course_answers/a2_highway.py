@@ -24,11 +24,11 @@ def highway_maps(swin, adapters, norms, images):
 class Highway(nn.Module):
     def __init__(self, swin, adapters, norms):
         super().__init__()
-        self.trunk, self.adapters, self.norms = swin, adapters, norms
+        self.backbone, self.adapters, self.norms = swin, adapters, norms
 
     def train(self, mode=True):
         model = nn.Module.train(self, mode)
-        for module in model.trunk.modules():
+        for module in model.backbone.modules():
             module.training = False
         return model
 """,
@@ -63,13 +63,13 @@ def highway_maps(swin, adapters, norms, images):
 class Highway(nn.Module):
     def __init__(self, swin, adapters, norms):
         super().__init__()
-        self.trunk = swin
+        self.backbone = swin
         self.adapters = adapters
         self.norms = norms
 
     def train(self, mode=True):
         super().train(mode)
-        self.trunk.train(False)
+        self.backbone.train(False)
         return self
 """,
     },
@@ -111,13 +111,13 @@ def highway_maps(swin, adapters, norms, images):
 class Highway(nn.Module):
     def __init__(self, swin, adapters, norms):
         super().__init__()
-        self.trunk, self.adapters, self.norms = swin, adapters, norms
+        self.backbone, self.adapters, self.norms = swin, adapters, norms
 
     def train(self, mode=True):
         self.training = mode
         self.adapters.train(mode)
         self.norms.train(mode)
-        self.trunk.eval()
+        self.backbone.eval()
         return self
 """,
     },
@@ -153,7 +153,7 @@ def highway_maps(swin, adapters, norms, images):
 class Highway(nn.Module):
     def __init__(self, swin, adapters, norms):
         super().__init__()
-        self.trunk, self.adapters, self.norms = swin, adapters, norms
+        self.backbone, self.adapters, self.norms = swin, adapters, norms
         swin.eval()
         swin.train = lambda mode=True: swin
 """,
@@ -193,12 +193,12 @@ def highway_maps(swin, adapters, norms, images):
 class Highway(nn.Module):
     def __init__(self, swin, adapters, norms):
         super().__init__()
-        self.trunk, self.adapters, self.norms = swin, adapters, norms
+        self.backbone, self.adapters, self.norms = swin, adapters, norms
 
     def train(self, mode=True):
         self.training = mode
         for name, child in self.named_children():
-            child.train(mode and name != "trunk")
+            child.train(mode and name != "backbone")
         return self
 """,
     },
@@ -240,7 +240,7 @@ def mode(*lines: str, init: str = "pass") -> str:
 class Highway(nn.Module):
     def __init__(self, swin, adapters, norms):
         super().__init__()
-        self.trunk, self.adapters, self.norms = swin, adapters, norms
+        self.backbone, self.adapters, self.norms = swin, adapters, norms
         {init}
 
     def train(self, mode=True):
@@ -464,7 +464,7 @@ def leaky_block(block, l, e, a1, a2):
     Wrong(
         "train returns nothing",
         "highway_mode",
-        mode("super().train(mode)", "self.trunk.eval()"),
+        mode("super().train(mode)", "self.backbone.eval()"),
         {"mode_rest": (1, "train() has to return the model")},
     ),
 ]

@@ -15,7 +15,7 @@ CORRECT = {
 def gradient_reaches(model, images):
     nodes = {}
     handles = []
-    for name, module in model.trunk.named_modules():
+    for name, module in model.backbone.named_modules():
         if isinstance(module, (nn.Linear, nn.LayerNorm)):
             def hook(module, args, output, name=name):
                 if output.requires_grad:
@@ -50,9 +50,9 @@ class RepairedA(SuspectA):
         "repaired_B": """
 class RepairedB(SuspectB):
     def freeze(self):
-        for p in self.trunk.parameters():
+        for p in self.backbone.parameters():
             p.requires_grad = False
-        self.trunk.eval()
+        self.backbone.eval()
 """,
         "repaired_C": f"class RepairedC(SuspectC):{RIGHT_BLOCK}",
         "repaired_D": """
@@ -65,8 +65,8 @@ class RepairedD(SuspectD):
         "repaired_E": """
 class RepairedE(SuspectE):
     def freeze(self):
-        self.trunk.eval()
-        for p in self.trunk.parameters():
+        self.backbone.eval()
+        for p in self.backbone.parameters():
             p.requires_grad_(False)
 """,
     },
@@ -82,7 +82,7 @@ def gradient_reaches(model, images):
                 output.register_hook(lambda gradient: came.add(name))
         return hook
 
-    for name, module in model.trunk.named_modules():
+    for name, module in model.backbone.named_modules():
         if isinstance(module, nn.Linear) or isinstance(module, nn.LayerNorm):
             handles.append(module.register_forward_hook(watch(name)))
     loss = random_functional(model(images))
@@ -100,7 +100,7 @@ class RepairedA(SuspectA):
 class RepairedB(SuspectB):
     def train(self, mode=True):
         super().train(mode)
-        self.trunk.train(False)
+        self.backbone.train(False)
         return self
 """,
         "repaired_D": """
@@ -113,7 +113,7 @@ class RepairedD(SuspectD):
 class RepairedE(SuspectE):
     def freeze(self):
         super().freeze()
-        self.trunk.requires_grad_(False)
+        self.backbone.requires_grad_(False)
 """,
     },
     "the package's own walk": {
@@ -125,8 +125,8 @@ def gradient_reaches(model, images):
     with producers(model) as produced:
         loss = random_functional(model(images))
     names = {name for node in walk(loss.grad_fn) for name in produced.get(node, ())}
-    layers = [name for name, m in model.trunk.named_modules() if isinstance(m, (nn.Linear, nn.LayerNorm))]
-    return [name for name in layers if f"trunk.{name}" in names]
+    layers = [name for name, m in model.backbone.named_modules() if isinstance(m, (nn.Linear, nn.LayerNorm))]
+    return [name for name in layers if f"backbone.{name}" in names]
 """,
         "found": """
 found = {}
@@ -135,7 +135,7 @@ found["B"] = "mode"
 found["C"] = "taps"
 found["D"] = "cut"
 found["E"] = "flags"
-entered = 1 + int("trunk.layers.2".split(".")[-1])
+entered = 1 + int("backbone.layers.2".split(".")[-1])
 """,
         "repaired_C": """
 class RepairedC(SuspectC):
@@ -148,7 +148,7 @@ class RepairedC(SuspectC):
 class RepairedB(SuspectB):
     def freeze(self):
         super().freeze()
-        for module in self.trunk.modules():
+        for module in self.backbone.modules():
             module.training = False
 """,
     },
@@ -159,7 +159,7 @@ from collections import deque
 
 def gradient_reaches(model, images):
     outputs, handles = {}, []
-    for name, m in model.trunk.named_modules():
+    for name, m in model.backbone.named_modules():
         if type(m) in (nn.Linear, nn.LayerNorm):
             nodes = outputs[name] = []
             handles.append(m.register_forward_hook(lambda m, args, out, nodes=nodes: nodes.append(out.grad_fn)))
@@ -185,7 +185,7 @@ class RepairedB(SuspectB):
     def freeze(self):
         from e3va_lite.backbones.base import freeze
 
-        freeze(self.trunk)
+        freeze(self.backbone)
 """,
         "repaired_C": """
 class RepairedC(SuspectC):
@@ -234,7 +234,7 @@ def gradient_reaches(model, images):
             {note}
         return hook
 
-    everything = list(model.trunk.named_modules())
+    everything = list(model.backbone.named_modules())
     own = [(name, m) for name, m in everything if isinstance(m, (nn.Linear, nn.LayerNorm))]
     hooks = [module.register_forward_hook(note(name)) for name, module in {of}]
     loss = random_functional(model(images))
@@ -262,7 +262,7 @@ WRONG = [
         """
 def gradient_reaches(model, images):
     random_functional(model(images)).backward()
-    return {n.rpartition(".")[0] for n, p in model.trunk.named_parameters() if p.grad is not None}
+    return {n.rpartition(".")[0] for n, p in model.backbone.named_parameters() if p.grad is not None}
 """,
         {
             "reaches_adapters": (2, "A frozen parameter has no .grad, and still the gradient passes its module"),
@@ -278,7 +278,7 @@ def gradient_reaches(model, images):
     names = set()
     hooks = [
         m.register_forward_hook(lambda m, args, out, name=name: out.requires_grad and names.add(name) or None)
-        for name, m in model.trunk.named_modules()
+        for name, m in model.backbone.named_modules()
     ]
     model(images)
     [hook.remove() for hook in hooks]
@@ -292,7 +292,7 @@ def gradient_reaches(model, images):
         reaches(walk="node.next_functions[:1]"),
         {
             "reaches_adapters": (2, "follow every node below a node"),
-            "reaches_highway": (2, "they belong to model.trunk, and the gradient does pass them"),
+            "reaches_highway": (2, "they belong to model.backbone, and the gradient does pass them"),
             "reaches_loss": (2, "the gradient passes `used`"),
         },
     ),
@@ -311,7 +311,7 @@ def gradient_reaches(model, images):
         reaches().replace("(nn.Linear, nn.LayerNorm))]", "(nn.Linear, nn.LayerNorm)) and 'downsample' not in name]"),
         {
             "reaches_adapters": (2, "downsample"),
-            "reaches_highway": (2, "they belong to model.trunk"),
+            "reaches_highway": (2, "they belong to model.backbone"),
         },
     ),
     Wrong(
@@ -363,14 +363,14 @@ class RepairedA(SuspectA):
 class RepairedB(SuspectB):
     def __init__(self, package):
         super().__init__(package)
-        self.trunk.eval()
+        self.backbone.eval()
 """,
         {"repair_B": (2, "is not repeatable in train mode")},
     ),
     Wrong(
         "eval mode, nothing frozen",
         "repaired_B",
-        "class RepairedB(SuspectB):\n    def freeze(self):\n        self.trunk.eval().requires_grad_(True)\n",
+        "class RepairedB(SuspectB):\n    def freeze(self):\n        self.backbone.eval().requires_grad_(True)\n",
         {"repair_B": (2, "got a gradient")},
     ),
     Wrong(
@@ -426,8 +426,8 @@ class RepairedD(SuspectD):
         """
 class RepairedE(SuspectE):
     def freeze(self):
-        self.trunk.eval()
-        for name, p in self.trunk.named_parameters():
+        self.backbone.eval()
+        for name, p in self.backbone.named_parameters():
             p.requires_grad_("reduction" in name)
 """,
         {"repair_E": (2, "downsample.reduction.weight got a gradient")},

@@ -106,6 +106,11 @@ def test_a_state_of_other_photographs_is_refused(run, tmp_path, monkeypatch, fol
         run(tmp_path / "a.safetensors")
     with pytest.raises(InputError, match="sources"):
         run(tmp_path / "a.safetensors", images=folders[:1])
+    state = torch.load(tmp_path / "a.partial")
+    state["weights"] = {f"renamed.{key}": value for key, value in state["weights"].items()}
+    torch.save(state, tmp_path / "a.partial")
+    with pytest.raises(InputError, match="another version"):
+        run(tmp_path / "a.safetensors")
     (tmp_path / "a.partial").write_bytes(b"damaged")
     with pytest.raises(InputError, match="cannot be read"):
         run(tmp_path / "a.safetensors")
@@ -120,7 +125,7 @@ def test_weights_load_and_the_card_says_where_they_are_from(backbone, run, tmp_p
     assert set(card["accuracy_held_out"]) == {"one", "two"}
     assert str(folders[0].parent) not in json.dumps(card)  # nobody's paths
     assert {value.dtype for value in load_file(out).values()} == {torch.float16}
-    swin = build_backbone("e3va", backbone, weights=out).trunk
+    swin = build_backbone("e3va", backbone, weights=out).backbone
     assert fingerprint(swin) == card["fingerprint"]
     with pytest.raises(InputError, match="--overwrite"):
         run(out)

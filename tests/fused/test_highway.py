@@ -45,7 +45,7 @@ def trained_for_a_while(memory, **options):
     torch.manual_seed(0)
     backbone = build_backbone("e3va", "swin_nano", memory=memory, **options).double().train()
     for name, p in backbone.named_parameters():
-        if not name.startswith("trunk."):
+        if not name.startswith("backbone."):
             p.data += 0.2 * torch.randn_like(p)
     return backbone
 
@@ -92,7 +92,7 @@ def test_a_new_highway_is_the_frozen_stream_bit_for_bit():
     fixed = build_backbone("fixed", "swin_nano")
     for memory in ("store", "compress", "recompute"):
         highway = build_backbone("e3va", "swin_nano", memory=memory, stages=(1,))
-        highway.trunk.load_state_dict(fixed.trunk.state_dict())
+        highway.backbone.load_state_dict(fixed.backbone.state_dict())
         assert torch.equal(highway(images)[0], fixed(images)[0])
 
 
@@ -289,7 +289,7 @@ class TestAutogradsManners:
             backbone = build_backbone("e3va", "swin_nano", memory=memory)
             maps = backbone(torch.empty(1, 3, 64, 96))
             random_functional(maps).backward()
-        assert all(p.grad.is_meta for name, p in backbone.named_parameters() if not name.startswith("trunk."))
+        assert all(p.grad.is_meta for name, p in backbone.named_parameters() if not name.startswith("backbone."))
 
 
 def test_state_dicts_are_the_same_in_every_memory_mode():

@@ -100,9 +100,9 @@ def test_torchscript_traces_the_reference(method, options):
 
 def fired(backbone):
     """Names of the backbone's blocks, attentions and MLPs on which a forward hook fires, and how often."""
-    calls = {name: 0 for name, m in backbone.trunk.named_modules() if name.endswith((".attn", ".mlp", "blocks.0"))}
+    calls = {name: 0 for name, m in backbone.backbone.named_modules() if name.endswith((".attn", ".mlp", "blocks.0"))}
     for name in calls:
-        module = backbone.trunk.get_submodule(name)
+        module = backbone.backbone.get_submodule(name)
         module.register_forward_hook(lambda *_, name=name: calls.__setitem__(name, calls[name] + 1))
     maps_of(backbone, torch.randn(1, 3, 64, 96))
     return calls
@@ -122,8 +122,8 @@ def test_hooks_fire_in_the_reference_only(method):
 def test_a_hook_that_changes_a_tap_changes_the_reference():
     backbone, images = moved("e3va", memory="reference"), torch.randn(1, 3, 64, 96)
     before = maps_of(backbone, images)
-    backbone.trunk.layers[3].blocks[1].register_forward_pre_hook(lambda *_: pytest.fail("blocks are never called"))
-    backbone.trunk.layers[3].blocks[1].mlp.register_forward_hook(lambda module, args, output: output + 1)
+    backbone.backbone.layers[3].blocks[1].register_forward_pre_hook(lambda *_: pytest.fail("blocks are never called"))
+    backbone.backbone.layers[3].blocks[1].mlp.register_forward_hook(lambda module, args, output: output + 1)
     after = maps_of(backbone, images)
     assert all(torch.equal(a, b) for a, b in zip(before[:3], after[:3], strict=True))
     assert not torch.allclose(before[3], after[3])

@@ -19,7 +19,7 @@ def moved(method, **options):
     """One whose trained parameters are no longer what they were when new."""
     model = build_backbone(method, "swin_nano", pretrained=True, **options)
     for name, p in model.named_parameters():
-        if not name.startswith("trunk."):
+        if not name.startswith("backbone."):
             p.data += 0.1 * torch.randn_like(p)
     return model
 
@@ -68,7 +68,7 @@ def test_a_ladder_without_rungs_sees_only_the_start():
 
 def test_the_side_is_a_narrow_backbone():
     model = build_backbone("lst", "swin_nano", narrower=10)
-    for stage, blocks in zip(model.trunk.layers, model.blocks, strict=True):
+    for stage, blocks in zip(model.backbone.layers, model.blocks, strict=True):
         for block, small in zip(stage.blocks, blocks, strict=True):
             assert small.attn.qkv.in_features * 10 == block.dim
             assert (small.window_size, small.shift_size) == (block.window_size, block.shift_size)
@@ -114,10 +114,10 @@ def test_a_leak_is_found(method):
     options = {"e3va": {"memory": "reference"}, "lst": {"narrower": 20}, "losa": {}}[method]
     model = build_backbone(method, "swin_nano", **options)
     trained = next(p for name, p in model.named_parameters() if p.requires_grad and name.startswith("norms."))
-    block = model.trunk.layers[2].blocks[0]
+    block = model.backbone.layers[2].blocks[0]
     block.mlp.register_forward_pre_hook(lambda module, args: (args[0] + 0 * trained.sum(),))
     assert_isolated(model, torch.randn(1, 3, 64, 96))  # so far the stream has no graph to let it in
-    caught(WithGraph(model), torch.randn(1, 3, 64, 96), "trunk.layers.2.blocks.0.mlp")
+    caught(WithGraph(model), torch.randn(1, 3, 64, 96), "backbone.layers.2.blocks.0.mlp")
 
 
 class WithGraph(nn.Module):
@@ -125,7 +125,7 @@ class WithGraph(nn.Module):
 
     def __init__(self, model):
         super().__init__()
-        self.model, self.trunk = model, model.trunk
+        self.model, self.backbone = model, model.backbone
 
     def forward(self, images):
         with pytest.MonkeyPatch.context() as patch:

@@ -29,7 +29,7 @@ def test_only_the_updates_are_trained_and_the_gradient_runs_through_the_backbone
     trained = {name: p for name, p in backbone.named_parameters() if p.requires_grad}
     assert len(trained) == 2 * 8 and all(".attn.qkv.lora_" in name for name in trained)
     assert sum(p.numel() for p in trained.values()) == sum(2 * 4 * (dim + 3 * dim) for dim in (40, 80, 160, 320))
-    with pytest.raises(IsolationError, match="the graph passes module trunk"):
+    with pytest.raises(IsolationError, match="the graph passes module backbone"):
         assert_isolated(backbone, images)
 
 

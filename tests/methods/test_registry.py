@@ -82,7 +82,7 @@ def test_exactly_what_is_trainable_moves(method, weights):
         random_functional(backbone(images)).backward()
         optimizer.step()
     moved = {name for name, p in backbone.named_parameters() if not torch.equal(p, before[name])}
-    assert moved == trainable and not any(name.startswith("trunk.layers.3") for name in moved)
+    assert moved == trainable and not any(name.startswith("backbone.layers.3") for name in moved)
 
 
 @pytest.mark.filterwarnings("ignore:rank=")
@@ -102,7 +102,9 @@ def test_every_trainable_parameter_gets_a_gradient(method, stages):
 
 def test_what_is_not_run_is_not_counted():
     whole, half = (build_backbone("full", "swin_nano", stages=stages) for stages in ((1, 2, 3, 4), (1, 2)))
-    stages = {number: sum(p.numel() for p in stage.parameters()) for number, stage in enumerate(half.trunk.layers, 1)}
+    stages = {
+        number: sum(p.numel() for p in stage.parameters()) for number, stage in enumerate(half.backbone.layers, 1)
+    }
     norms = 2 * (160 + 320)
     assert trainable_parameters(whole) - trainable_parameters(half) == stages[3] + stages[4] + norms
 
@@ -110,14 +112,14 @@ def test_what_is_not_run_is_not_counted():
 @pytest.mark.filterwarnings("ignore:rank=")
 @pytest.mark.parametrize("method", METHODS)
 def test_one_set_of_weights_fits_every_method(method):
-    reference = {f"trunk.{key}" for key in create_swin("swin_nano").state_dict()}
+    reference = {f"backbone.{key}" for key in create_swin("swin_nano").state_dict()}
     keys = set(build_backbone(method, "swin_nano").state_dict())
-    assert {key for key in keys if key.startswith("trunk.")} == reference
+    assert {key for key in keys if key.startswith("backbone.")} == reference
 
 
 def test_an_inherited_reduction_follows_weights_loaded_later(weights):
     backbone = build_backbone("e3va", "swin_nano")
-    backbone.trunk.load_state_dict(build_backbone("fixed", "swin_nano", weights=weights).trunk.state_dict())
+    backbone.backbone.load_state_dict(build_backbone("fixed", "swin_nano", weights=weights).backbone.state_dict())
     images = torch.randn(1, 3, 64, 64)
     for a, b in zip(build_backbone("fixed", "swin_nano", weights=weights)(images), backbone(images), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
@@ -126,7 +128,7 @@ def test_an_inherited_reduction_follows_weights_loaded_later(weights):
 def test_a_trainable_reduction_is_a_copy(weights):
     backbone = build_backbone("e3va", "swin_nano", weights=weights, reduction="trainable")
     own = {p.data_ptr() for p in backbone.reductions.parameters()}
-    assert own.isdisjoint(p.data_ptr() for p in backbone.trunk.parameters())
+    assert own.isdisjoint(p.data_ptr() for p in backbone.backbone.parameters())
     assert all(p.requires_grad for p in backbone.reductions.parameters())
     assert backbone.passed_by_design == []
 
@@ -157,9 +159,9 @@ def test_the_deviation_is_the_sum_over_the_taps(weights):
         torch.nn.init.normal_(p, std=0.05)
     images = torch.randn(1, 3, 60, 52)
     with torch.no_grad():
-        l = start = embed(backbone.trunk, images)
+        l = start = embed(backbone.backbone, images)
         added = torch.zeros_like(l)
-        for block, (a1, a2) in zip(backbone.trunk.layers[0].blocks, backbone.adapters[0], strict=True):
+        for block, (a1, a2) in zip(backbone.backbone.layers[0].blocks, backbone.adapters[0], strict=True):
             f1 = f_p1(block, l)
             f2 = f_p2(block, l + f1)
             added += (a1(f1) - f1) + (a2(f2) - f2)
@@ -173,7 +175,7 @@ def test_the_deviation_is_the_sum_over_the_taps(weights):
 def test_checkpointing_changes_nothing_but_memory(method, weights):
     plain = build_backbone(method, "swin_nano", weights=weights, stages=(1, 2)).train()
     for name, p in plain.named_parameters():
-        if p.requires_grad and not name.startswith("trunk."):
+        if p.requires_grad and not name.startswith("backbone."):
             torch.nn.init.normal_(p, std=0.05)
     saving = build_backbone(method, "swin_nano", weights=weights, stages=(1, 2), checkpointing=True).train()
     saving.load_state_dict(plain.state_dict())
@@ -200,13 +202,13 @@ def test_frozen_is_a_mode_and_a_flag():
         backbone = build_backbone(method, "swin_nano", drop_path_rate=0.5)
         parent = torch.nn.Sequential(backbone)
         parent.train()
-        assert not any(m.training for m in backbone.trunk.modules()), method
-        assert not any(p.requires_grad for p in backbone.trunk.parameters()), method
+        assert not any(m.training for m in backbone.backbone.modules()), method
+        assert not any(p.requires_grad for p in backbone.backbone.parameters()), method
         images = torch.randn(1, 3, 64, 64)
         for a, b in zip(backbone(images), backbone(images), strict=True):
             assert torch.equal(a, b)
     full = build_backbone("full", "swin_nano", drop_path_rate=0.5).train()
-    assert full.trunk.layers[3].blocks[1].drop_path1.training
+    assert full.backbone.layers[3].blocks[1].drop_path1.training
     assert not torch.equal(full(images)[3], full(images)[3])
 
 

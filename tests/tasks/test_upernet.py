@@ -738,7 +738,7 @@ def test_in_somebodys_own_configuration(configured):
     """Built by mmsegmentation, started by mmengine as its runner does: loaded weights stay, and the proofs hold."""
     before = {name: value.clone() for name, value in configured.backbone.state_dict().items()}
     pretrained = build_backbone("e3va", "swin_nano", pretrained=True).state_dict()
-    swin = [name for name in pretrained if name.startswith("trunk.")]
+    swin = [name for name in pretrained if name.startswith("backbone.")]
     configured.init_weights()
     after = configured.backbone.state_dict()
     assert all(after[name].equal(before[name]) for name in before)
@@ -749,7 +749,7 @@ def test_in_somebodys_own_configuration(configured):
     configured.parse_losses(losses)[0].backward()
     trainable = {name: p for name, p in configured.named_parameters() if p.requires_grad}
     assert all(p.grad is not None for p in trainable.values())
-    assert not any(".trunk." in name for name in trainable)
+    assert not any(".backbone." in name for name in trainable)
     total = lambda losses: losses["decode.loss_ce"] + losses["aux.loss_ce"]  # noqa: E731
     assert_isolated(configured, torch.stack(images), samples_of(targets), "loss", loss=total)
 

@@ -136,10 +136,12 @@ def test_the_same_seed_gives_the_same_weights_with_any_number_of_workers(scenes)
 def test_training_leaves_the_frozen_backbone_alone(scenes, device):
     recipe = small(epochs=2)
     model = build_model(recipe, 6)
-    before = {key: value.clone() for key, value in model.backbone.body.trunk.state_dict().items()}
+    before = {key: value.clone() for key, value in model.backbone.body.backbone.state_dict().items()}
     adapters = [p.detach().clone() for p in model.backbone.body.adapters.parameters()]
     fit(model, data(scenes), recipe, device)
-    assert all(torch.equal(value.cpu(), before[key]) for key, value in model.backbone.body.trunk.state_dict().items())
+    assert all(
+        torch.equal(value.cpu(), before[key]) for key, value in model.backbone.body.backbone.state_dict().items()
+    )
     moved = [
         not torch.equal(p.cpu(), q) for p, q in zip(model.backbone.body.adapters.parameters(), adapters, strict=True)
     ]

@@ -384,7 +384,7 @@ def test_the_images_themselves_are_safe(tmp_path):
     with pytest.raises(InputError, match="holds the images themselves"):
         predict(Fake(objects()), [inner], tmp_path / "run", "ade20k", ("cat",), overwrite=True)
     assert image.read_bytes() == before
-    with pytest.raises(InputError, match="cannot be a folder"):
+    with pytest.raises(InputError, match=r"a.png' is a file: choose another place"):
         predict(Fake(objects()), [image], image, "voc", ("cat",))
 
 
@@ -515,8 +515,16 @@ def test_files_are_utf_8_whatever_the_locale(tmp_path, monkeypatch):
     assert (out / f"comp4_det_test_{name}.txt").is_file() and name in (out / "left_out.txt").read_bytes().decode()
 
 
-@pytest.mark.parametrize("kind", ["below a file", "dangling link", "masks is a file", "a folder of that name"])
-def test_places_that_cannot_be_written_are_found_first(tmp_path, kind):
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("below a file", "is not a folder: choose another place"),
+        ("dangling link", "is a link to something that does not exist: remove it, or choose another place"),
+        ("masks is a file", "masks' is a file: choose another place"),
+        ("a folder of that name", "a.png' is a folder: choose another place"),
+    ],
+)
+def test_places_that_cannot_be_written_are_found_first(tmp_path, kind, message):
     image, out = put(tmp_path / "in/a.png"), tmp_path / "out"
     if kind == "below a file":
         out = image / "out/deep"
@@ -528,7 +536,7 @@ def test_places_that_cannot_be_written_are_found_first(tmp_path, kind):
     else:
         (out / "a.png").mkdir(parents=True)
     model = Fake(FOUND)
-    with pytest.raises(InputError, match=r"(cannot be a folder|is a folder).* choose another --out"):
+    with pytest.raises(InputError, match=message):
         predict(model, [image], out, "voc", ("cat",), overwrite=True)
     assert not model.seen
 
