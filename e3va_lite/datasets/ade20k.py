@@ -174,7 +174,7 @@ def find_files(root: Path, split: str, recipe: ADE20KRecipe) -> tuple[list[Pair]
     Raises:
         InputError: If there is no such split, or nothing in it.
     """
-    folders = folders_of(root, split, recipe.images, recipe.masks)
+    folders = folders_of(root, split, images=recipe.images, masks=recipe.masks)
     suffixes = recipe.image_suffix, recipe.mask_suffix
     found = []
     for folder, suffix in zip(folders, suffixes, strict=True):

@@ -90,7 +90,7 @@ class COCOInstances(ObjectDataset):
     ) -> None:
         file = _File(root, split, Layout(images, annotations, boxes_only), limits, classes, drop_others)
         super().__init__(file, train, strict, masks=not boxes_only, crop=crop)
-        self.category_ids = numbers(self.classes, file.ids)
+        self.category_ids = ids_of(self.classes, file.ids)
 
     def ground_truth(self) -> dict:
         """The split as COCO's own JSON has it, with crowds, for COCO's own tool.
@@ -119,7 +119,7 @@ class COCOInstances(ObjectDataset):
         }
 
 
-def numbers(classes: Sequence[str], ids: Mapping[str, int]) -> list[int]:
+def ids_of(classes: Sequence[str], ids: Mapping[str, int]) -> list[int]:
     """The ids of classes; one that a file does not have gets a new id, so that it can be detected in vain."""
     new = itertools.count(max(ids.values(), default=0) + 1)
     return [ids[name] if name in ids else next(new) for name in classes]

@@ -139,18 +139,18 @@ def harmless_findings(header: Header) -> list[Problem]:
     return problems
 
 
-def folders_of(root: Path, split: str, *patterns: str) -> list[Path]:
-    """Folders below the root, ``{split}`` standing for the split.
+def folders_of(root: Path, split: str, **fields: str) -> list[Path]:
+    """The folders below the root that fields of a recipe name, ``{split}`` standing for the split.
 
     Raises:
         InputError: If one of them is not there.
     """
-    folders = [root / pattern.replace("{split}", split) for pattern in patterns]
+    folders = [root / pattern.replace("{split}", split) for pattern in fields.values()]
     for folder in folders:
         if not folder.is_dir():
             there = ", ".join(sorted(path.name for path in folder.parent.glob("*/")))
             hint = f"there are {there}" if there else "check the root"
-            which = "the splits and --set images=..., and masks=... or annotations=..., say which"
+            which = f"the recipe's {', '.join(fields)} and splits say which"
             raise InputError(f"there is no folder '{folder}': {hint}; {which}.")
     return folders
 

@@ -43,10 +43,10 @@ def split_dataset(
         images = {str(entry.get("file_name")): folder / str(entry.get("file_name")) for entry in content["images"]}
         pattern = recipe.annotations
     else:
-        masks = recipe.masks if recipe.task == "ade20k" else recipe.annotations
+        what = "masks" if recipe.task == "ade20k" else "annotations"
         suffix = recipe.mask_suffix if recipe.task == "ade20k" else ".xml"
         pattern = recipe.listing or ("{split}.txt" if recipe.task == "ade20k" else "ImageSets/Main/{split}.txt")
-        pictures, annotations = folders_of(root, "{split}", recipe.images, masks)
+        pictures, annotations = folders_of(root, "{split}", images=recipe.images, **{what: getattr(recipe, what)})
         kinds = (recipe.image_suffix,) if recipe.task == "ade20k" else SUFFIXES
         annotated = files_by_name(annotations, (suffix,))
         images = {name: path for name, path in files_by_name(pictures, kinds).items() if name in annotated}

@@ -92,7 +92,7 @@ class _Walk(ObjectWalk):
         self.without_annotation: list[Path] = []
         listed = self._listed()
         entries = dict.fromkeys(listed)
-        bar = tqdm(entries, f"check {self.split}", unit="image", delay=3, disable=self.limits is None)
+        bar = tqdm(entries, f"check {self.split}", unit="image", delay=3) if self.limits else entries
         images = [self._image(*entry) for entry in bar]
         if find_classes:
             self._find_classes(images)
@@ -116,7 +116,8 @@ class _Walk(ObjectWalk):
                 source = root / self.layout.listing.replace("{split}", part)
             elif "{split}" not in self.layout.annotations:
                 root, source = _devkit_list(root, part)
-            places = tuple(folders_of(root, part, self.layout.images, self.layout.annotations))
+            folders = folders_of(root, part, images=self.layout.images, annotations=self.layout.annotations)
+            places = tuple(folders)
             if places not in seen:
                 seen[places] = files_by_name(places[0]), files_by_name(places[1], (".xml",))
                 images, annotations = seen[places]

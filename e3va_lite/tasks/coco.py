@@ -9,7 +9,7 @@ from pycocotools import mask as coco_mask
 from torch import nn
 from torchvision.ops import box_convert
 
-from ..datasets.coco import COCOInstances, numbers
+from ..datasets.coco import COCOInstances, ids_of
 from ..datasets.coco import find_problems as check  # noqa: F401  the task's contract
 from ..datasets.images import Limits
 from ..errors import InputError
@@ -99,13 +99,13 @@ def summary(records: list[list[dict]], dataset: COCOInstances) -> dict:
         for image in records
         for result in image
     ]
-    boxes = average_precision(dataset, found, "bbox")
-    by_class = boxes.pop("by_class")
-    values = {f"box_{key}": value for key, value in boxes.items()}
-    if dataset.masks:
-        masks = average_precision(dataset, found, "segm")
-        values |= {f"mask_{key}": value for key, value in masks.items() if key != "by_class"}
-    return {**values, "by_class": by_class}
+    numbers = {}
+    for kind, name in (("bbox", "box"), ("segm", "mask")) if dataset.masks else (("bbox", "box"),):
+        ap = average_precision(dataset, found, kind)
+        by_class = ap.pop("by_class")
+        numbers |= {f"{name}_{key}": value for key, value in ap.items()}
+        numbers.setdefault("by_class", by_class)
+    return numbers
 
 
 def known_images(
@@ -148,7 +148,7 @@ def known_images(
 
 def category_ids(annotations: Path, classes: Sequence[str]) -> list[int]:
     """The numbers that an annotation file gives classes; one that it does not have gets a new number."""
-    return numbers(classes, {category["name"]: category["id"] for category in _content(annotations)["categories"]})
+    return ids_of(classes, {category["name"]: category["id"] for category in _content(annotations)["categories"]})
 
 
 def _by_end(entries: dict[str, Known], path: Path) -> Known | None:
