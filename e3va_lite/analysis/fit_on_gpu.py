@@ -1,8 +1,9 @@
 """Will it fit? The largest batch of each method on a card of so many gigabytes, found by dry runs."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
@@ -11,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from ..errors import unknown
+from ..fused import frozen_stream
 from ..recipes.schema import Recipe
 from .cost import memory_of, with_method
 from .text import text_table
@@ -147,5 +149,17 @@ def in_parallel(calls: list[Callable], name: str) -> list:
             raise
 
 
+@contextmanager
+def gpu_slices() -> Iterator[None]:
+    """Inside, dry runs send as many tokens through a frozen block at a time as a GPU does: many, in fewer operators."""
+    cpu = frozen_stream.ROWS["cpu"]
+    frozen_stream.ROWS["cpu"] = frozen_stream.ROWS["gpu"]
+    try:
+        yield
+    finally:
+        frozen_stream.ROWS["cpu"] = cpu
+
+
 def _largest(recipe: Recipe, size: tuple[int, int], available: int) -> tuple[int, int]:
-    return largest_batch(lambda batch: dry_peak(recipe, size, batch), available)
+    with gpu_slices():
+        return largest_batch(lambda batch: dry_peak(recipe, size, batch), available)

@@ -216,13 +216,13 @@ _IN_PLACE = {
 }  # fmt: skip
 _LIKE_FIRST = {  # one result, of the first argument's shape
     aten.gelu.default, aten.gelu_backward.default, aten._softmax.default, aten._softmax_backward_data.default,
-    aten.zeros_like.default, aten.abs.default, aten.reciprocal.default,
+    aten.zeros_like.default, aten.abs.default, aten.reciprocal.default, aten.clamp.default,
 }  # fmt: skip
 _PLAIN = {
     aten.view.default, aten._unsafe_view.default, aten.t.default, aten.transpose.int, aten.permute.default,
-    aten.expand.default, aten.slice.Tensor, aten.select.int, aten.squeeze.dim, aten.unsqueeze.default, aten.detach.default,
-    aten.clone.default, aten.add.Tensor, aten.mul.Tensor, aten.mm.default,
-    aten.bmm.default, aten.addmm.default, aten.sum.dim_IntList, aten.amax.default, aten.clamp.default,
+    aten.expand.default, aten.select.int, aten.squeeze.dim, aten.unsqueeze.default, aten.detach.default,
+    aten.slice.Tensor, aten.clone.default, aten.add.Tensor, aten.mul.Tensor, aten.mm.default,
+    aten.bmm.default, aten.addmm.default, aten.sum.dim_IntList, aten.amax.default,
     aten.native_layer_norm.default, aten.native_layer_norm_backward.default,
 }  # fmt: skip
 

@@ -7,11 +7,12 @@ from click.testing import CliRunner
 
 from e3va_lite.analysis import fit_on_gpu
 from e3va_lite.analysis.cost import interleaved_seconds, split_methods, time_table, with_method
-from e3va_lite.analysis.fit_on_gpu import CARDS, GIB, MIB, capacity, dry_peak, fit_table, largest_batch
+from e3va_lite.analysis.fit_on_gpu import CARDS, GIB, MIB, capacity, dry_peak, fit_table, gpu_slices, largest_batch
 from e3va_lite.analysis.memory import CATEGORIES
 from e3va_lite.backbones.swin import image_size
 from e3va_lite.cli import cli
 from e3va_lite.errors import InputError
+from e3va_lite.fused import frozen_stream
 from e3va_lite.recipes.schema import load_recipe
 
 CPU = torch.device("cpu")
@@ -138,7 +139,7 @@ def test_the_largest_batch_fits_and_the_next_does_not(name, available):
         assert len(asked) <= 4 and len(set(asked)) == len(asked)
 
 
-@pytest.mark.parametrize("method", ["full", "e3va"])
+@pytest.mark.parametrize("method", ["full", "fixed", "e3va"])
 def test_a_few_dry_runs_answer_for_a_model_too(method, monkeypatch):
     asked = []
     monkeypatch.setattr(
@@ -148,8 +149,20 @@ def test_a_few_dry_runs_answer_for_a_model_too(method, monkeypatch):
     [row] = fit_table(recipe, [method], (96, 96), "200MB", overhead=0)["rows"]
     assert len(asked) <= 4 and row["peak"] <= row["available"]
     own = with_method(recipe, method)
-    assert row["peak"] == dry_peak(own, (96, 96), row["batch_size"])
-    assert row["available"] < dry_peak(own, (96, 96), row["batch_size"] + 1)
+    with gpu_slices():
+        assert row["peak"] == dry_peak(own, (96, 96), row["batch_size"])
+        assert row["available"] < dry_peak(own, (96, 96), row["batch_size"] + 1)
+
+
+def test_slices_of_a_gpu_change_neither_the_peak_of_a_highway_nor_later_runs(monkeypatch):
+    """Eight images of 96x96 are two slices of a CPU and one of a GPU."""
+    recipe, rows = load_recipe("voc-nano", {"method": "e3va", "pretrained": False}), frozen_stream.ROWS["cpu"]
+    slices, cut = [], frozen_stream.slices
+    monkeypatch.setattr(frozen_stream, "slices", lambda tokens: slices.append(len(cut(tokens))) or cut(tokens))
+    with gpu_slices():
+        peak = dry_peak(recipe, (96, 96), 8)
+    assert max(slices) == 1 and frozen_stream.ROWS["cpu"] == rows
+    assert dry_peak(recipe, (96, 96), 8) == peak and max(slices) == 2
 
 
 def test_fit_is_what_the_ledger_says():
