@@ -29,7 +29,7 @@ SECTIONS = (
         "Forward pass: the backbone",
         45,
         "Every layer runs. What hangs below a layer in orange is kept until the backward pass has read it. Full tuning "
-        "and adapters keep something for every layer; beside the highway the frozen layers keep nothing.",
+        "and adapters keep something for every layer; below the highway the frozen layers keep nothing.",
     ),
     (
         "Forward pass: neck and head",
@@ -46,7 +46,7 @@ SECTIONS = (
     (
         "Backward pass: the backbone",
         45,
-        "In full tuning and with adapters the gradient goes back through every layer of the backbone, down to the first "
+        "In full tuning and with adapters the gradient goes back through the layers of the backbone, down to the first "
         "one with anything to be trained. On the highway it passes adapters and reductions alone.",
     ),
     (
@@ -87,7 +87,9 @@ def film_strip(
         InputError: For a method, option or size that cannot work.
     """
     if recipe.task not in ("voc", "coco-boxes"):
-        raise InputError(f"the film shows a backbone, a neck and a head: take the task voc or coco-boxes, not {recipe.task}.")
+        raise InputError(
+            f"the film shows a backbone, a neck and a head: take the task voc or coco-boxes, not {recipe.task}."
+        )
     cpu = torch.device("cpu")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, about its own fake tensors
@@ -181,7 +183,7 @@ def frames(ledger: Ledger, places: list[str]) -> np.ndarray:
 
 
 def _tensors(ledger: Ledger, places: list[str], events: np.ndarray, parts: dict[str, int]) -> list[list[int]]:
-    """The rows ``tensors`` of :func:`film`: what is alive in some frame; small tensors that differ in nothing as one."""
+    """The rows ``tensors`` of :func:`film`: what is alive in some frame; small tensors as one where they can be."""
     rows, pooled = [], {}
     for size, category, born, freed in ledger.tensors.tolist():
         alive = np.flatnonzero((events >= born) & (events < freed))
@@ -202,7 +204,8 @@ def part_of(module: str, blocks: list[int]) -> str:
     """The part of the picture that a detector's module, or a parameter of it, belongs to; "" for none.
 
     ``embed``; ``s1b2.1`` and ``s1b2.2``, the halves of the second block of stage 1; ``a1b2.1`` and ``a1b2.2``, the
-    adapters behind them; ``r2``, the reduction before stage 2; ``n2``, the norm behind it; ``neck``, ``head``, ``loss``.
+    adapters behind them; ``r2``, the reduction before stage 2; ``n2``, the norm behind it; ``neck``, ``head`` and
+    ``loss``.
 
     Args:
         module: Its name in the model.

@@ -1,8 +1,9 @@
 """Interactive figures: data computed here, drawn by a script in the reader's browser.
 
-A figure is an ES module beside this file with a default export ``{render({model, el})}``, the form of anywidget. It needs
-neither a kernel nor a network: its data travel with it, in the notebook and in the page that ``jupyter nbconvert
---to html`` makes of it.
+A figure is an ES module beside this file with a default export ``{render({model, el})}``, the form of anywidget. It
+needs neither a kernel nor a network: its data travel with it, in the notebook and in the page that ``jupyter nbconvert
+--to html`` makes of it. (nbconvert shows a widget where it has one, and loads widgets from the network: therefore a
+figure is a piece of HTML first, and a widget where one is asked for.)
 """
 
 import json

@@ -280,7 +280,7 @@ def checked_loss(loss: object) -> Tensor:
 
 @contextmanager
 def _named_modules(model: nn.Module, live: LiveBytes) -> Iterator[None]:
-    """Inside, ``live.module`` is the name of the module whose forward is running, or whose output has got a gradient."""
+    """Inside, ``live.module`` is the name of the module that runs forward, or whose output has got its gradient."""
     stack: list[str] = []
     handles = []
 

@@ -33,6 +33,7 @@ function words(part) {
 function columns(blocks, norms, ends) {
   const found = [];
   let x = 4;
+  const stages = [];
   const column = (part, width, label) => {
     found.push({ part, x, width, label });
     x += width + 1;
@@ -41,6 +42,7 @@ function columns(blocks, norms, ends) {
   blocks.forEach((count, index) => {
     const stage = index + 1;
     if (stage > 1) column(`r${stage}`, 16, "R");
+    const start = x;
     for (let block = 1; block <= count; block++) {
       x += 3;
       for (const half of [1, 2]) {
@@ -48,12 +50,13 @@ function columns(blocks, norms, ends) {
         column(`a${stage}b${block}.${half}`, 12, "a");
       }
     }
+    stages.push({ stage, x: (start + x) / 2 });
     x += 3;
     if (norms.includes(stage)) column(`n${stage}`, 16, "N");
   });
   x += 6;
   for (const part of ends) column(part, 36, part);
-  return { parts: found, width: x + 3 };
+  return { parts: found, stages, width: x + 3 };
 }
 
 // Draws the network of a method into an SVG element, and returns its boxes by part, and the height of its base line.
@@ -127,6 +130,7 @@ function network(svg, place, layout, trained = []) {
       box(column, 3, 18);
     }
   });
+  for (const { stage, x } of place.stages) make(svg, "text", { class: "note", x, y: 32, "text-anchor": "middle" }, `stage ${stage}`);
   const ends = place.parts.filter((column) => !/\d|embed/.test(column.part));
   line("bus", ends[0].part, [bus, 12], [ends[0].x, 12]);
   ends.slice(1).forEach((column, index) => line(ends[index].part, column.part, [column.x - 1, 12], [column.x, 12]));
