@@ -1,4 +1,4 @@
-const AREA = 70; // square pixels of a drawing for one MiB that is kept
+const DEEPEST = 56; // of the blocks of what is kept
 
 function render({ model, el }) {
   const data = model.get("data");
@@ -6,6 +6,9 @@ function render({ model, el }) {
   make(root, "style").textContent = model.get("style");
   const figure = make(root, "div", { class: "figure" });
   const place = columns(data.blocks, data.norms, ["loss"]);
+  const widths = Object.fromEntries(place.parts.map(({ part, width }) => [part, width]));
+  const rowsOfAll = data.tables.flatMap((targets) => targets[data.parts.indexOf("")]);
+  const area = DEEPEST / Math.max(...rowsOfAll.map(([part, , size]) => size / (widths[data.parts[part]] ?? Infinity))); // of a byte
   const chosen = { method: data.methods[0].name, switches: Object.keys(data.switches).map(() => false), part: "" };
 
   make(figure, "h3", {}, "The gradient's paths, from the loss back to what is trained");
@@ -13,13 +16,13 @@ function render({ model, el }) {
   const controls = make(figure, "div", { class: "controls" });
   const methods = make(controls, "fieldset");
   make(methods, "legend", {}, "Network");
-  const words3 = { plain: "full (no adapters)", inside: "adapter (inside)", highway: "e3va (highway)" };
+  const networks = { plain: "full (no adapters)", inside: "adapter (inside)", highway: "e3va (highway)" };
   for (const { name, layout } of data.methods) {
     const label = make(methods, "label");
     const input = make(label, "input", { type: "radio", name: "method", value: name });
     input.checked = name === chosen.method;
     input.addEventListener("change", () => show({ method: name, part: "" }));
-    label.append(words3[layout]);
+    label.append(networks[layout]);
   }
   const switches = make(controls, "fieldset");
   make(switches, "legend", {}, "Switches");
@@ -55,7 +58,7 @@ function render({ model, el }) {
     const { boxes, base } = network(svg, place, layout, Object.keys(state.trained));
     drawPaths(boxes, base, rows, lit);
     fillSelect(boxes, targets, layout);
-    say(state, rows);
+    say(state, rows, layout);
     const sums = summed(rows);
     svg.setAttribute("aria-label", `${chosen.method}: ${numbers.textContent}`);
     drawTable(sums);
@@ -64,8 +67,7 @@ function render({ model, el }) {
   // Lights up what is on the paths, and hangs below it what is kept there.
   function drawPaths(boxes, base, rows, lit) {
     if ([...lit].some((part) => /^n\d/.test(part))) lit.add("bus");
-    const most = Math.max(0, ...rows.map(([part, , size]) => (boxes.has(part) ? (AREA * size) / MIB / boxes.get(part).width : 0)));
-    svg.setAttribute("viewBox", `0 0 ${place.width} ${base + Math.max(70, most + 18)}`);
+    svg.setAttribute("viewBox", `0 0 ${place.width} ${base + DEEPEST + 18}`);
     for (const line of svg.querySelectorAll(".line")) line.classList.toggle("lit", lit.has(line.dataset.from) && lit.has(line.dataset.to));
     for (const sum of svg.querySelectorAll(".sum")) sum.classList.toggle("lit", lit.has(sum.dataset.part));
     for (const { group } of boxes.values()) {
@@ -78,7 +80,7 @@ function render({ model, el }) {
     for (const [part, links, size] of rows) {
       const at = boxes.get(part);
       if (!at) continue;
-      const height = (AREA * size) / MIB / at.width;
+      const height = (area * size) / at.width;
       const block = make(svg, "rect", { class: "kept", x: at.x, y: base, width: at.width, height });
       make(block, "title", {}, `${words(part)}: ${bytes(size)} kept`);
       if (links) make(svg, "text", { x: at.x + at.width / 2, y: base + height + 11, "text-anchor": "middle" }, links);
@@ -98,7 +100,8 @@ function render({ model, el }) {
     select.value = chosen.part;
   }
 
-  function say(state, rows) {
+  function say(state, rows, layout) {
+    const aside = layout === "highway" ? " (the highway's reductions, which it shares, not counted)" : "";
     const missing = state.unreached
       ? `${state.unreached} tensors require a gradient and get none: they would never be trained.`
       : "All that is trained gets a gradient, but not the loss's: paths have been cut off that it should have taken.";
@@ -110,7 +113,7 @@ function render({ model, el }) {
     const end = !chosen.part ? "" : ends ? ` They end in its ${ends} trained tensors.` : " Nothing in it is trained: they pass through.";
     numbers.textContent = rows.length
       ? `${what}: the longest has ${links} links, and ${bytes(size)} are kept on them.${end}` +
-        ` The whole network keeps ${bytes(state.bytes)}; the gradient passes ${state.activations} outputs of frozen or pretrained modules and ends in ${state.parameters} pretrained tensors.`
+        ` The whole network keeps ${bytes(state.bytes)}; the gradient passes ${state.activations} outputs of pretrained modules${aside} and ends in ${state.parameters} pretrained tensors.`
       : `No gradient arrives at: ${words(chosen.part)}. The whole network keeps ${bytes(state.bytes)}.`;
   }
 

@@ -1,6 +1,6 @@
 """The gradient's paths as a figure to be played with: pick a part, and freeze, detach, or turn gradients off.
 
-Three networks (the backbone fully trained, with adapters inside it, and with a highway) are written here once more, with
+Three networks (the backbone fully trained, with adapters inside it, with a highway) are written here once more, with
 switches, and every position of the switches is traced. The norms before the neck are trained in all of them.
 """
 
