@@ -26,6 +26,9 @@ class Interactive:
     def __init__(self, name: str, data: dict, summary: str) -> None:
         self.name, self.data, self.summary = name, data, summary
 
+    def __repr__(self) -> str:
+        return self.summary
+
     def script(self) -> str:
         """The module that draws the figure."""
         return self._joined("js")
