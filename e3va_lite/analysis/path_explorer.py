@@ -164,7 +164,9 @@ def state(model: Switched, images: Tensor) -> dict:
     longest = longest_links(losses[0].grad_fn)
     owned = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers(), images)}
     kept = {
-        node: {storage: size for storage, size in saved(node).items() if storage not in owned} if part != "loss" else {}
+        node: {storage: size for storage, size in saved(node, images.device).items() if storage not in owned}
+        if part != "loss"
+        else {}
         for node, part in model.part.items()
     }
     names = {id(p): name for name, p in model.named_parameters()}
@@ -184,10 +186,13 @@ def state(model: Switched, images: Tensor) -> dict:
     }
 
 
-def saved(node: object) -> dict[int, int]:
-    """What a node of the graph keeps for the backward pass: bytes of storages, by their address."""
+def saved(node: object, device: torch.device) -> dict[int, int]:
+    """What a node of the graph keeps for the backward pass on the device: bytes of storages, by their address.
+
+    A Python number that is multiplied with a meta tensor is kept as well, on the CPU; it is not counted.
+    """
     kept = [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
-    storages = [t.untyped_storage() for t in tensors_in(kept)]
+    storages = [t.untyped_storage() for t in tensors_in(kept) if t.device == device]
     return {storage._cdata: storage.nbytes() for storage in storages}
 
 

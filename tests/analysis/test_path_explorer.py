@@ -19,14 +19,14 @@ def data():
     return paths("swin_nano", SIZE)
 
 
-def numbers(found):
-    """What the figure says of a state, from a trace."""
-    return {
-        "links": found.longest_path,
-        "parameters": found.backbone_parameters_reached,
-        "activations": found.backbone_activations_reached,
-        "bytes": found.bytes_on_path,
-    }
+def of_trace(found):
+    """Links, parameters, activations and bytes."""
+    reached = found.backbone_parameters_reached, found.backbone_activations_reached
+    return found.longest_path, *reached, found.bytes_on_path
+
+
+def of_figure(data, state):
+    return tuple(data["states"][state][key] for key in ("links", "parameters", "activations", "bytes"))
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def numbers(found):
 )
 def test_it_says_what_a_trace_of_the_method_says(data, method, switches):
     backbone, images = on_meta(TUNED[method], "swin_nano", SIZE)
-    assert numbers(trace(backbone, images)).items() <= data["states"][f"{method}:{switches}"].items()
+    assert of_trace(trace(backbone, images)) == of_figure(data, f"{method}:{switches}")
 
 
 @pytest.mark.parametrize("method,switches", [("full", "100"), ("adapter", "000"), ("e3va", "010")])
@@ -43,7 +43,7 @@ def test_freezing_is_what_it_does_to_a_model(data, method, switches):
     """A model of the package that somebody freezes or unfreezes; its highway has ``no_grad`` built in."""
     backbone, images = on_meta(TUNED[method], "swin_nano", SIZE)
     backbone.backbone.requires_grad_(switches[0] == "0")
-    assert numbers(trace(backbone, images)).items() <= data["states"][f"{method}:{switches}"].items()
+    assert of_trace(trace(backbone, images)) == of_figure(data, f"{method}:{switches}")
 
 
 @pytest.mark.parametrize("how,switches", [("detach", "101"), ("no_grad", "110")])
@@ -64,10 +64,11 @@ def test_cutting_is_what_it_does_to_a_model(data, how, switches):
     backbone.run_block = block_cut
     for stage in backbone.backbone.layers[1:]:
         stage.downsample.forward = lambda x, inner=stage.downsample.forward: cut(inner, x)
-    found = numbers(trace(backbone, images))
-    if how == "detach":
-        found.pop("bytes")  # a trace counts what was kept for a moment, too, by the graph that was thrown away
-    assert found.items() <= data["states"][f"adapter:{switches}"].items()
+    *found, bytes_ = of_trace(trace(backbone, images))
+    *expected, kept = of_figure(data, f"adapter:{switches}")
+    assert found == expected
+    # A trace counts what was kept for a moment, too, by the graph that is thrown away.
+    assert bytes_ > kept if how == "detach" else bytes_ == kept
 
 
 def test_links_and_bytes_add_up(data):
@@ -120,7 +121,7 @@ def test_exact_means_the_same_gradients(data, method):
 def test_switches_that_change_nothing_share_a_table(data):
     tables = [found["table"] for found in data["states"].values()]
     assert len(set(tables)) == len(data["tables"]) < 12
-    assert len(json.dumps(data)) < 100_000
+    assert len(json.dumps(data)) < 150_000
 
 
 def test_only_what_is_reached_is_a_target():
