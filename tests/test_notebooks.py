@@ -26,6 +26,7 @@ WALKTHROUGH = sorted(NOTEBOOKS.glob("0*.ipynb"))
 MAX_OUTPUT, MAX_ALL = 200_000, 8_000_000  # bytes
 MAX_SECONDS = 180  # each; together 12 minutes
 COLAB = "google.colab"
+INTERACTIVE = {name: NOTEBOOKS / f"{name}.ipynb" for name in ("04_proofs", "07_memory_and_time")}
 IN_BROWSER = NOTEBOOKS / "05_low_rank.ipynb"  # figures, a slider, and soon over
 ON_A_MACHINE = re.compile(r"/home/|/root/|/tmp/|/usr/|/opt/|/Users/|[A-Z]:\\\\|site-packages|object at 0x")
 
@@ -207,3 +208,93 @@ def test_run_all_in_a_browser(page, lab, tmp_path):
     assert errors.count() == 0
     figures = sum("image/png" in output.get("data", {}) for cell in code(read(IN_BROWSER)) for output in cell.outputs)
     assert page.locator(".jp-OutputArea-output img").count() >= figures > 0
+
+
+def in_figure(page, title):
+    """The interactive figure of that title: a locator, and a function that says what its drawings are now."""
+    figure = page.locator(".figure").filter(has=page.get_by_role("heading", name=title))
+    figure.wait_for(timeout=10_000)
+    return figure, lambda: figure.locator("svg").evaluate_all("all => all.map(svg => svg.innerHTML).join()")
+
+
+def play_film(page):
+    """The slider of the film moves by keys, and the picture with it; so does the button."""
+    figure, drawn = in_figure(page, "One training step")
+    first, slider = drawn(), figure.get_by_role("slider", name="Moment of the training step")
+    slider.focus()
+    for _ in range(30):
+        page.keyboard.press("ArrowRight")
+    assert slider.get_attribute("aria-valuetext") == "Forward pass: the backbone, moment 31 of 130"
+    assert figure.get_by_text("running: stage 3, block 1").count() == 3  # all methods
+    second = drawn()
+    assert second != first
+    page.keyboard.press("End")
+    assert figure.get_by_text("the optimiser").count() >= 3 and drawn() not in (first, second)
+    figure.get_by_role("button", name="Play or pause").click()
+    page.wait_for_timeout(800)
+    assert 1 <= int(slider.input_value()) < 30
+
+
+def explore_paths(page):
+    """Picks and switches change the picture, and what is said of it."""
+    figure, drawn = in_figure(page, "The gradient's paths")
+    seen = {drawn()}
+
+    def look():
+        seen.add(drawn())
+        return figure.locator(".verdict").text_content(), figure.locator(".box.lit").count()
+
+    figure.get_by_role("radio", name="adapter").last.check()
+    figure.get_by_role("checkbox", name="freeze").check()
+    assert look() == ("All that is trained gets its whole gradient.", 40)
+    figure.get_by_label("Part of the network").select_option("a4b2.1")
+    assert look()[1] == 5  # the two adapters of the last block, the MLP between them, norm and loss
+    figure.get_by_role("checkbox", name="detach").check()
+    assert "but not the loss's" in look()[0]
+    figure.get_by_role("radio", name="e3va").check()
+    assert look()[0] == "All that is trained gets its whole gradient."
+    assert len(seen) == 5
+
+
+PLAY = {"07_memory_and_time": play_film, "04_proofs": explore_paths}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", INTERACTIVE)
+def test_an_interactive_figure_plays_in_an_exported_page(page, tmp_path, name):
+    """A file opened from the disk: no kernel, no server, and nothing from the network for the figure."""
+    exporter = pytest.importorskip("nbconvert").HTMLExporter()
+    file = tmp_path / f"{name}.html"
+    file.write_text(exporter.from_filename(str(INTERACTIVE[name]))[0], encoding="utf-8")
+    page.context.set_offline(True)
+    errors = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.goto(file.as_uri(), wait_until="commit")
+    PLAY[name](page)
+    assert not [error for error in errors if "require" not in error and "MathJax" not in error]
+
+
+@pytest.mark.slow
+def test_interactive_figures_play_in_jupyterlab(page, lab, tmp_path):
+    """Drawn by a running kernel, from data of a committed notebook; as a widget, too, where there is anywidget."""
+    notebook = nbformat.v4.new_notebook(metadata=read(IN_BROWSER).metadata)
+    figures = ("from e3va_lite.analysis.interactive import Interactive", "import json")
+    for name, figure in (("07_memory_and_time", "film_strip"), ("04_proofs", "path_explorer")):
+        (tmp_path / f"{figure}.json").write_text(json.dumps(data_of(INTERACTIVE[name])))
+        shown = f"Interactive('{figure}', json.load(open('{figure}.json')), '')"
+        notebook.cells.append(nbformat.v4.new_code_cell("\n".join((*figures, shown))))
+    nbformat.write(notebook, tmp_path / "figures.ipynb")
+    page.goto(f"{lab}/lab/tree/figures.ipynb?reset")
+    page.get_by_text(re.compile(r"\| Idle$")).wait_for(timeout=60_000)
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_text(re.compile("^Run All( Cells)?$")).click()
+    page.locator(".figure").nth(1).wait_for(timeout=60_000)
+    play_film(page)
+    explore_paths(page)
+
+
+def data_of(path):
+    """The data of a notebook's interactive figure."""
+    outputs = [output for cell in code(read(path)) for output in cell.outputs if "text/html" in output.get("data", {})]
+    found = [re.search(r"^const state = (.*);$", output.data["text/html"], re.M) for output in outputs]
+    return json.loads(next(filter(None, found))[1].replace("<\\/", "</"))["data"]

@@ -45,6 +45,10 @@ class Ledger:
         by_module: Per module (``""`` is the model itself) the activations at the end of the forward pass; a storage
             counts for the innermost module that was running when an operator kept it for the first time, or, where
             none did in autograd's eyes (gradient checkpointing keeps inputs itself), when it was made.
+        tensors: Every storage of the step, integers (storages, 4): bytes, the category's place in ``CATEGORIES``, the
+            event that allocates it, and the event that frees it, or the number of events where none does. From the
+            first of the two on, until before the second, it is part of the curve.
+        running: Per event the module that is running, in the backward pass the one that the gradient has reached.
         allocated: On CUDA, the allocator's peak during the step, else None.
         reserved: On CUDA, what the allocator had taken from the device, else None.
     """
@@ -52,6 +56,8 @@ class Ledger:
     curve: dict[str, np.ndarray]
     ends: dict[str, int]
     by_module: dict[str, int]
+    tensors: np.ndarray
+    running: list[str]
     allocated: int | None = None
     reserved: int | None = None
 
@@ -103,7 +109,7 @@ class LiveBytes(TorchDispatchMode):
         sizes: Bytes of the storages in the order of allocation; ``born`` and ``died``: the event's number, -1 while it
             exists; ``made``: the module that was running then.
         kept: By a storage's number the module that was running when autograd kept it for the first time.
-        events: Number of births and deaths so far.
+        running: The module that was running at every birth and death so far.
         module: The module that is running.
     """
 
@@ -111,10 +117,15 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.sizes, self.born, self.died, self.made = [], [], [], []
         self.kept: dict[int, str] = {}
-        self.events = 0
+        self.running: list[str] = []
         self.module = ""
         self._number: dict[int, int] = {}  # of the living, by the storage's address
         self._finalizers: list[weakref.finalize] = []
+
+    @property
+    def events(self) -> int:
+        """The number of births and deaths so far."""
+        return len(self.running)
 
     def add(self, tensor: Tensor) -> int:
         """The number of a tensor's storage; a new one is allocated now."""
@@ -126,14 +137,14 @@ class LiveBytes(TorchDispatchMode):
             self.born.append(self.events)
             self.died.append(-1)
             self.made.append(self.module)
-            self.events += 1
+            self.running.append(self.module)
             self._finalizers.append(weakref.finalize(storage, self._remove, address, number))
         return number
 
     def _remove(self, address: int, number: int) -> None:
         del self._number[address]
         self.died[number] = self.events
-        self.events += 1
+        self.running.append(self.module)
 
     def pack(self, tensor: Tensor) -> Tensor:
         """Note that autograd saves this tensor for the backward pass; a pack hook of ``saved_tensors_hooks``.
@@ -208,6 +219,7 @@ def ledger(
             ends["forward"] = live.events
             loss.backward()
             ends["backward"] = live.events
+            live.module = ""
             owned["gradients"] = [live.add(p.grad) for p in model.parameters() if p.grad is not None]
             optimizer.step()
             owned["optimizer"] += [live.add(t) for t in _state(optimizer)]
@@ -240,10 +252,14 @@ def _closed(
     for number in np.flatnonzero(category == CATEGORIES.index("activations")).tolist():
         module = live.kept.get(number, live.made[number])
         by_module[module] = by_module.get(module, 0) + live.sizes[number]
+    freed = np.where(gone, died, live.events)
+    tensors = np.stack([sizes, category, np.maximum(born - start, 0), np.maximum(freed - start, 0)], axis=1)
     return Ledger(
         dict(zip(CATEGORIES, change.cumsum(axis=1)[:, start:], strict=True)),
         {phase: end - start for phase, end in ends.items()},
         by_module,
+        tensors,
+        live.running[start:],
         *cuda,
     )
 
@@ -265,18 +281,26 @@ def checked_loss(loss: object) -> Tensor:
 
 @contextmanager
 def _named_modules(model: nn.Module, live: LiveBytes) -> Iterator[None]:
-    """Inside, ``live.module`` is the name of the module whose forward is running."""
+    """Inside, ``live.module`` is the name of the module that runs forward, or whose output has got its gradient."""
     running: list[str] = []
 
     def enter(name: str, *_: object) -> None:
         running.append(live.module)
         live.module = name
 
-    def leave(*_: object) -> None:
+    def reach(name: str, *_: object) -> None:
+        live.module = name
+
+    def leave(name: str, module: nn.Module, args: tuple, output: object) -> None:
         live.module = running.pop()
+        for leaf in tree_leaves(output):
+            node = leaf.grad_fn if isinstance(leaf, Tensor) else None
+            if node is not None and "module" not in node.metadata:  # the innermost module's output, seen first
+                node.metadata["module"] = name
+                node.register_prehook(partial(reach, name))
 
     with ExitStack() as hooks:
         for name, module in model.named_modules():
             hooks.enter_context(module.register_forward_pre_hook(partial(enter, name)))
-            hooks.enter_context(module.register_forward_hook(leave, always_call=True))
+            hooks.enter_context(module.register_forward_hook(partial(leave, name), always_call=True))
         yield

@@ -80,6 +80,22 @@ def test_ten_lines_by_hand(batch):
     assert book.largest["gradients"] == weights and book.largest["optimizer"] == state
 
 
+def test_every_tensor_and_the_module_that_runs():
+    """The storages add up to the curve after every event, and backward the modules come in the opposite order."""
+    model, optimizer, x = small()
+    book = ledger(model, optimizer, lambda: model(x).sum(), [x])
+    sizes, category, born, freed = book.tensors.T
+    for number, name in enumerate(CATEGORIES):
+        mine = category == number
+        live = [int(sizes[mine & (born <= event) & (event < freed)].sum()) for event in range(len(book.total))]
+        assert live == book.curve[name].tolist()
+    assert len(book.running) == len(book.total)
+    forward, backward = book.ends["forward"], book.ends["backward"]
+    assert [name for name in dict.fromkeys(book.running[1:forward]) if name] == ["0", "1", "2"]
+    assert [name for name in dict.fromkeys(book.running[forward:backward]) if name] == ["2", "1", "0"]
+    assert set(book.running[backward:]) == {""}
+
+
 @pytest.mark.parametrize("optimizer_class", [torch.optim.AdamW, torch.optim.SGD])
 def test_training_goes_on_as_if_nothing_had_been_recorded(optimizer_class):
     """Weights, batch statistics, the optimizer's state and the random numbers of dropout, bit for bit."""
