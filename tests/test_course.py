@@ -4,13 +4,19 @@ Most tests run a source notebook's code cells in this process, in order, with ot
 last ones hand notebooks to nbgrader itself.
 """
 
+import ast
 import contextlib
 import functools
+import html
 import importlib
 import io
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import nbformat
@@ -19,7 +25,8 @@ import pytest
 from e3va_lite.analysis import fit_on_gpu
 from tests.course_answers import Wrong
 
-COURSE = Path(__file__).parent.parent / "notebooks" / "course"
+ROOT = Path(__file__).parent.parent
+COURSE = ROOT / "notebooks" / "course"
 ASSIGNMENTS = sorted(path.name for path in (COURSE / "source").iterdir() if path.is_dir())
 ANSWERS = {name: importlib.import_module(f"tests.course_answers.a{name}") for name in ASSIGNMENTS}
 
@@ -97,7 +104,17 @@ def test_the_reference_solution_gets_full_marks(assignment):
 @pytest.mark.slow
 @pytest.mark.parametrize("assignment", ASSIGNMENTS)
 def test_an_empty_submission_gets_nothing(assignment):
-    assert {cell: number for cell, (number, _) in lost(assignment, stubs(assignment)).items()} == points(assignment)
+    failures = lost(assignment, stubs(assignment))
+    assert {cell: number for cell, (number, _) in failures.items()} == points(assignment)
+    assert not [said for _, said in failures.values() if "no answer yet" not in said]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("assignment", ASSIGNMENTS)
+def test_answers_that_do_nothing_get_nothing(assignment):
+    assert ANSWERS[assignment].IDLE.keys() == set(solutions(assignment))
+    failures = lost(assignment, ANSWERS[assignment].IDLE)
+    assert {cell: number for cell, (number, _) in failures.items()} == points(assignment)
 
 
 @pytest.mark.slow
@@ -118,6 +135,13 @@ def test_a_wrong_answer_loses_what_it_should_and_is_told_why(assignment, wrong: 
     }, failures
     for cell, (_, fragment) in wrong.loses.items():
         assert fragment in failures[cell][1]
+
+
+@pytest.mark.parametrize("assignment", ASSIGNMENTS)
+def test_tests_raise_and_do_not_assert(assignment):
+    """An assertion can be taken out of a program by a switch; a ``raise`` cannot."""
+    for cell in cells(assignment):
+        assert not [node for node in ast.walk(ast.parse(cell.source)) if isinstance(node, ast.Assert)]
 
 
 def test_there_are_enough_answers():
@@ -161,14 +185,20 @@ def test_the_head_of_an_assignment_says_what_it_is_worth(assignment):
     assert re.search(rf"\| `{assignment}` \|.*\| {total} \|", page)
 
 
+def settings() -> dict:
+    """What nbgrader reads in the course's folder."""
+    from traitlets.config import PyFileConfigLoader
+
+    return PyFileConfigLoader("nbgrader_config.py", str(COURSE)).load_config()
+
+
 def generated(assignment: str, folder: Path) -> dict:
     """What nbgrader makes of a source, without its gradebook."""
     from nbgrader.converters import GenerateAssignment
     from nbgrader.coursedir import CourseDirectory
     from nbgrader.preprocessors import SaveCells
-    from traitlets.config import Config
 
-    config = Config()
+    config = settings()
     config.CourseDirectory.root = str(folder)
     config.CourseDirectory.source_directory = str(COURSE / "source")
     config.CourseDirectory.assignment_id = assignment
@@ -184,11 +214,10 @@ def nbgrader(tmp_path_factory):
     """nbgrader in a folder of its own, with the course's settings; its release has been generated."""
     from nbgrader.apps import NbGraderAPI
     from nbgrader.coursedir import CourseDirectory
-    from traitlets.config import PyFileConfigLoader
 
     root = tmp_path_factory.mktemp("course")
     shutil.copytree(COURSE / "source", root / "source")
-    config = PyFileConfigLoader("nbgrader_config.py", str(COURSE)).load_config()
+    config = settings()
     config.CourseDirectory.root = str(root)
     api = NbGraderAPI(CourseDirectory(config=config), config=config)
     for assignment in ASSIGNMENTS:
@@ -218,7 +247,7 @@ def handed_in(api, student: str, assignment: str, answers: dict[str, str]) -> tu
 @pytest.mark.parametrize("assignment", ASSIGNMENTS)
 def test_nbgrader_gives_the_reference_solution_full_marks(nbgrader, assignment):
     reference = {about(cell)["grade_id"]: cell.source for cell in cells(assignment) if about(cell)["solution"]}
-    scores, _ = handed_in(nbgrader, "right", assignment, reference)
+    scores, _ = handed_in(nbgrader, "ada", assignment, reference)  # whose leaks the last task of 4_find_the_leak names
     assert scores == points(assignment)
 
 
@@ -236,3 +265,159 @@ def test_nbgrader_takes_the_points_of_wrong_answers_and_says_why(nbgrader):
         expected[cell] -= number
         assert fragment in graded
     assert scores == expected
+    page = feedback(nbgrader, "wrong", "1_adapter")
+    for fragment in (fragment for wrong in mistakes for _, fragment in wrong.loses.values()):
+        assert fragment in page
+
+
+WITHOUT_ASSERTIONS = """
+import ast
+
+
+class WithoutAssertions(ast.NodeTransformer):
+    def visit_Assert(self, node):
+        return ast.Pass()
+
+
+get_ipython().ast_transformers.append(WithoutAssertions())
+"""
+
+FROM_THE_SOURCE = """
+import json
+from pathlib import Path
+
+for cell in json.loads(Path("../../../source/{name}/{name}.ipynb").read_text())["cells"]:
+    if cell["metadata"].get("nbgrader", {{}}).get("solution"):
+        exec("".join(cell["source"]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("answer", [WITHOUT_ASSERTIONS, WITHOUT_ASSERTIONS.replace("Assert", "Raise")])
+def test_who_rewrites_the_test_cells_gets_nothing(nbgrader, answer):
+    """Every answer does nothing; the first one sees to it that this is not noticed."""
+    answers = dict(ANSWERS["1_adapter"].IDLE)
+    answers["adapter"] = answer + answers["adapter"]
+    scores, graded = handed_in(nbgrader, f"rewriter{len(answer)}", "1_adapter", answers)
+    assert scores == dict.fromkeys(points("1_adapter"), 0)
+    assert "this notebook changes its cells before they are run" in graded
+
+
+@pytest.mark.slow
+def test_who_looks_for_the_sources_finds_none(nbgrader):
+    answers = dict.fromkeys(solutions("1_adapter"), "pass")
+    answers["adapter"] = FROM_THE_SOURCE.format(name="1_adapter")
+    scores, graded = handed_in(nbgrader, "reader", "1_adapter", answers)
+    assert scores == dict.fromkeys(points("1_adapter"), 0)
+    assert "cannot be used while a notebook is graded" in graded
+
+
+@pytest.mark.slow
+def test_leaks_are_those_of_who_hands_in_and_feedback_does_not_say_them(nbgrader):
+    """Somebody hands in what was right for ada, and names two of the suspects wrongly."""
+    answers = {about(cell)["grade_id"]: cell.source for cell in cells("4_find_the_leak") if about(cell)["solution"]}
+    answers["found"] = ANSWERS["4_find_the_leak"].named(B="flags", entered=4)
+    scores, _ = handed_in(nbgrader, "grace", "4_find_the_leak", answers)
+    lost = ("name_B", "entered_stage", "leak_1", "leak_2", "leak_3")
+    assert scores == points("4_find_the_leak") | dict.fromkeys(lost, 0)
+    page = feedback(nbgrader, "grace", "4_find_the_leak")
+    assert "the leaks of 'ada' were handed in by 'grace'" in page
+    assert "two passes in train mode differ" in page
+
+
+def feedback(api, student: str, assignment: str) -> str:
+    """The text of a student's page, in which no line of a hidden test may stand, and every test has its name."""
+    result = api.generate_feedback(assignment, student)
+    assert result["success"], result["log"]
+    page = (Path(api.coursedir.root) / "feedback" / student / assignment / f"{assignment}.html").read_text()
+    assert "Test cell" not in page
+    for name in points(assignment):
+        assert f'<a href="#{name}">{name}</a>' in page
+    text = html.unescape(re.sub(r"<[^>]+>", "", page))
+    for cell in cells(assignment):
+        for hidden in re.findall(r"### BEGIN HIDDEN TESTS\n(.*?)### END HIDDEN TESTS", cell.source, re.S):
+            assert not [line for line in hidden.splitlines() if len(line.strip()) > 12 and line.strip() in text]
+    return text
+
+
+def test_the_guard_of_a_kernel_refuses_answers_and_rewritten_cells(tmp_path):
+    """In a shell like a kernel's, where nbgrader would grade."""
+    desk = tmp_path / "autograded" / "ada" / "1_adapter"
+    for path, text in ((desk / "own.txt", "mine"), (tmp_path / "source" / "solution.txt", "theirs")):
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+    read = "from pathlib import Path; Path({!r}).read_text()".format
+    cells = [
+        ("import torch, e3va_lite; e3va_lite.E3VA", ""),
+        (read("own.txt"), ""),
+        (read("../../../source/solution.txt"), "solution.txt cannot be used"),
+        (read(str(COURSE / "source" / "1_adapter" / "1_adapter.ipynb")), "1_adapter.ipynb cannot be used"),
+        ("import tests.course_answers", "cannot be used"),
+        ("import os; os.link('../../../source/solution.txt', 'solution.txt')", "solution.txt cannot be used"),
+        ("import sqlite3; sqlite3.connect('../../../gradebook.db')", "gradebook.db cannot be used"),
+        ("import os; os.system('cat ../../../source/solution.txt')", "no other process"),
+        ("import subprocess; subprocess.run(['cat', '../../../source/solution.txt'])", "no other process"),
+        ("hide_answers", "name 'hide_answers' is not defined"),
+        (WITHOUT_ASSERTIONS, ""),
+        ("assert False", "changes its cells before they are run"),
+        ("1 + 1", "changes its cells before they are run"),
+    ]
+    program = f"""
+import json
+from IPython.core.interactiveshell import InteractiveShell
+shell = InteractiveShell.instance()
+shell.user_ns["__file__"] = {str(COURSE / "guard.py")!r}
+shell.safe_execfile(shell.user_ns["__file__"], shell.user_ns)
+errors = []
+for code in {[code for code, _ in cells]!r}:
+    ran = shell.run_cell(code)
+    errors.append(str(ran.error_before_exec or ran.error_in_exec or ""))
+print(json.dumps(errors))
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "IPYTHONDIR": str(tmp_path / "ipython")}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=desk, env=environment, capture_output=True, text=True, check=True
+    )
+    errors = json.loads(done.stdout.splitlines()[-1])
+    for (code, part), error in zip(cells, errors, strict=True):
+        assert part in error if part else not error, (code, error)
+
+
+def commands(heading: str) -> list[str]:
+    """The commands of the instructor's page in the first block under a heading."""
+    section = (COURSE / "README.md").read_text().split(f"\n## {heading}\n")[1]
+    return re.search(r"```\n(.*?)```", section, re.S)[1].splitlines()
+
+
+@pytest.mark.slow
+def test_the_first_command_works_on_a_fresh_clone(tmp_path):
+    """There the release exists and the gradebook does not; grading needs both."""
+    from nbgrader.api import Gradebook
+
+    for name in ("README.md", "nbgrader_config.py", "guard.py"):
+        shutil.copy(COURSE / name, tmp_path)
+    for name in ("source", "release"):
+        shutil.copytree(COURSE / name, tmp_path / name)
+    for command in commands("Release"):
+        program = [sys.executable, "-m", *command.split()]
+        done = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert "Skipping existing" not in done.stderr
+    with Gradebook(f"sqlite:///{tmp_path / 'gradebook.db'}") as book:
+        assert book.find_notebook("1_adapter", "1_adapter").max_score == sum(points("1_adapter").values())
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="what is handed out is made of a commit")
+def test_what_students_are_given_has_no_answers_and_everything_else(tmp_path):
+    (command,) = commands("What students get")
+    archive = tmp_path / "students.zip"
+    subprocess.run(re.sub(r"--output=\S+", f"--output={archive}", command), shell=True, cwd=ROOT, check=True)
+    with zipfile.ZipFile(archive) as handed_out:
+        names = {name.removeprefix("e3va/") for name in handed_out.namelist()}
+        for name in handed_out.namelist():
+            if name.endswith((".ipynb", ".py", ".md")):
+                text = handed_out.read(name)
+                assert b"BEGIN SOLUTION" not in text and b"BEGIN HIDDEN TESTS" not in text, name
+    assert not [name for name in names if name.startswith(("tests", "notebooks/course/source"))]
+    assert {f"notebooks/course/release/{name}/{name}.ipynb" for name in ASSIGNMENTS} < names
+    assert {"pyproject.toml", "e3va_lite/__init__.py", "notebooks/03_the_highway.ipynb"} < names
+    assert any(name.startswith("data/results/") for name in names)

@@ -1,7 +1,8 @@
 """Answers to the course's assignments, right ones and wrong ones, with what each has to lose.
 
 A module per assignment. ``CORRECT`` are ways of writing the assignment: its name -> solution cell -> code; what a way
-does not write it leaves to the reference solution. ``WRONG`` are answers with one mistake each.
+does not write it leaves to the reference solution. ``IDLE`` is every solution cell with an answer that does nothing:
+it returns what it was given, or nothing. ``WRONG`` are answers with one mistake each.
 """
 
 from dataclasses import dataclass

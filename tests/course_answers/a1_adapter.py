@@ -195,6 +195,14 @@ def e3va(count: str) -> str:
     return f"def e3va_parameters(dims, depths, alpha):\n    return {count}\n"
 
 
+IDLE = {
+    "adapter": adapter("return x"),
+    "low_rank": low_rank("return bias.expand(*x.shape[:-1], -1)"),
+    "new_adapter": new_adapter("pass"),
+    "projection_parameters": projection("0"),
+    "e3va_parameters": e3va("0"),
+}
+
 ZERO_U = "[nn.init.zeros_(p) for p in (up.s1, up.s2, up.b)]"
 
 WRONG = [
@@ -294,7 +302,7 @@ WRONG = [
         "U not zero",
         "new_adapter",
         new_adapter("nn.init.zeros_(up.b)"),
-        {"new_identity": (1, "U is not zero")},
+        {"new_identity": (1, "U is not zero"), "new_moves": (2, "U is not zero at the start")},
     ),
     Wrong(
         "U's bias not zero",

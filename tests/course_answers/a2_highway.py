@@ -247,6 +247,12 @@ class Highway(nn.Module):
 {body}"""
 
 
+IDLE = {
+    "block_with_highway": block("return l, e"),
+    "highway_maps": "def highway_maps(swin, adapters, norms, images):\n    return []\n",
+    "highway_mode": mode("return self"),
+}
+
 WRONG = [
     Wrong(
         "adapters inside the backbone",
@@ -342,6 +348,47 @@ WRONG = [
         "block_with_highway",
         block(*TAPS, "    after = l + f1 + f2", "return after, e.detach() + a1(f1) + a2(f2)"),
         {"block_learns": (2, "detach the taps, not the highway")},
+    ),
+    Wrong(
+        "l changed in place",
+        "block_with_highway",
+        block(
+            "with torch.no_grad():",
+            "    f1 = f_p1(block, l)",
+            "    l += f1",
+            "    f2 = f_p2(block, l)",
+            "    l += f2",
+            "return l, e + a1(f1) + a2(f2)",
+        ),
+        {"block_stream": (1, "l was changed in place"), "block_cut": (2, "l was changed in place")},
+    ),
+    Wrong(
+        "e changed in place",
+        "block_with_highway",
+        block(*TAPS, "    after = l + f1 + f2", "e += a1(f1)", "e += a2(f2)", "return after, e"),
+        {"block_stream": (1, "e was changed in place")},
+    ),
+    Wrong(
+        "returned in the wrong order",
+        "block_with_highway",
+        block(*TAPS, "    after = l + f1 + f2", "return e + a1(f1) + a2(f2), after"),
+        {
+            "block_stream": (1, "in the wrong order: first the next l"),
+            "block_highway": (3, "in the wrong order: first the next l"),
+            "block_cut": (2, "in the wrong order: first the next l"),
+            "block_learns": (2, "in the wrong order: first the next l"),
+        },
+    ),
+    Wrong(
+        "only the highway returned",
+        "block_with_highway",
+        block(*TAPS, "return e + a1(f1) + a2(f2)"),
+        {
+            "block_stream": (1, "two tensors have to be returned"),
+            "block_highway": (3, "two tensors have to be returned"),
+            "block_cut": (2, "two tensors have to be returned"),
+            "block_learns": (2, "two tensors have to be returned"),
+        },
     ),
     Wrong(
         "adapters under no_grad",
@@ -444,6 +491,12 @@ def leaky_block(block, l, e, a1, a2):
         {"maps_layout": (1, "necks want NCHW")},
     ),
     Wrong(
+        "NCHW by reshape",
+        "highway_maps",
+        maps(BOUNDARY, take="norm(e).reshape(len(e), e.shape[3], *e.shape[1:3])"),
+        {"maps_layout": (1, "reshape and view leave the numbers in their order")},
+    ),
+    Wrong(
         "height and width swapped",
         "highway_maps",
         maps(BOUNDARY, take="norm(e).transpose(1, 3)"),
@@ -453,13 +506,16 @@ def leaky_block(block, l, e, a1, a2):
         "train mode",
         "highway_mode",
         mode("return super().train(mode)", init="swin.eval()"),
-        {"mode_frozen": (2, "stochastic depth drops its paths")},
+        {"mode_frozen": (2, "stochastic depth drops its paths"), "mode_rest": (1, "that is nn.Module's train()")},
     ),
     Wrong(
         "everything stays in eval mode",
         "highway_mode",
         mode("return super().train(False)"),
-        {"mode_rest": (1, "adapters and norms have to follow train()")},
+        {
+            "mode_frozen": (2, "train() puts nothing into train mode"),
+            "mode_rest": (1, "adapters and norms have to follow train()"),
+        },
     ),
     Wrong(
         "train returns nothing",

@@ -303,6 +303,14 @@ def links_in_stage(method, depth):
 """
 
 
+IDLE = {
+    "kept": "def kept(trained):\n    return set()\n",
+    "activation_bytes": "def activation_bytes(names, widths, batch):\n    return 0\n",
+    "step_bytes": 'def step_bytes(total, trained):\n    return {"parameters": 0, "gradients": 0, "optimizer": 0}\n',
+    "ways": "def derivative(graph, output, source):\n    return 0\n\n\nlongest = derivative\n",
+    "links_in_stage": "def links_in_stage(method, depth):\n    return 0\n",
+}
+
 WRONG = [
     Wrong(
         "frozen layers keep their input",

@@ -116,17 +116,29 @@ class RepairedE(SuspectE):
         self.backbone.requires_grad_(False)
 """,
     },
-    "the package's own walk": {
+    "names as the model has them, a list": {
         "gradient_reaches": """
-from e3va_lite.analysis.isolation import producers, walk
-
-
 def gradient_reaches(model, images):
-    with producers(model) as produced:
-        loss = random_functional(model(images))
-    names = {name for node in walk(loss.grad_fn) for name in produced.get(node, ())}
-    layers = [name for name, m in model.backbone.named_modules() if isinstance(m, (nn.Linear, nn.LayerNorm))]
-    return [name for name in layers if f"backbone.{name}" in names]
+    parts = {name: m for name, m in model.named_modules() if name.startswith("backbone.")}
+    nodes, hooks = [], []
+    for name, m in parts.items():
+        if isinstance(m, (nn.Linear, nn.LayerNorm)):
+            hooks.append(m.register_forward_hook(lambda m, args, out, name=name: nodes.append((name, out.grad_fn))))
+    level = {random_functional(model(images)).grad_fn}
+    for hook in hooks:
+        hook.remove()
+    reached = set(level)
+    while level:
+        level = {below for node in level for below, _ in node.next_functions if below} - reached
+        reached |= level
+    return [name for name, node in nodes if node in reached]
+""",
+        "mine": """
+NAME = " Ada "
+mine = {}
+mine[-1] = ["flags", "boundary", 4]
+mine[-2] = ["highway", "mlp", 2]
+mine[-3] = ["hidden", "attention", 2]
 """,
         "found": """
 found = {}
@@ -255,7 +267,36 @@ def named(entered: int = 3, **answers: str) -> str:
     return f"found = {found}\nentered = {entered}\n"
 
 
+MINE = {-1: ("flags", "boundary", 4), -2: ("highway", "mlp", 2), -3: ("hidden", "attention", 2)}  # ada's
+
+
+def mine(name: str = "ada", **others: tuple) -> str:
+    return f"NAME = {name!r}\nmine = {MINE | {-int(number[-1]): leak for number, leak in others.items()}}\n"
+
+
+IDLE = {
+    "gradient_reaches": "def gradient_reaches(model, images):\n    return set()\n",
+    "found": "found = dict.fromkeys('ABCDE')\nentered = None\n",
+    **{f"repaired_{x}": f"class Repaired{x}(Suspect{x}):\n    pass\n" for x in "ABCDE"},
+    "mine": "NAME = 'ada'\nmine = {-1: None, -2: None, -3: None}\n",
+}
+
+REACHES = ("reaches_adapters", "reaches_highway", "reaches_loss")
+NO_END = dict.fromkeys(("reaches_adapters", "reaches_loss"), (2, "far more paths through a graph than nodes in it"))
+
 WRONG = [
+    Wrong("kind", "mine", mine(leak_1=("cut", "mlp", 4)), {"leak_1": (2, "leak -1: wrong kind and place")}),
+    Wrong("stage from 0", "mine", mine(leak_2=("highway", "mlp", 1)), {"leak_2": (2, "leak -2: wrong stage")}),
+    Wrong(
+        "no kind", "mine", mine(leak_3=("hiden", "attention", 2)), {"leak_3": (2, "'hiden' is none of highway, hidden")}
+    ),
+    Wrong("kind alone", "mine", mine(leak_3="hidden"), {"leak_3": (2, "has to be a kind, a place and a stage")}),
+    Wrong(
+        "somebody else's leaks",
+        "mine",
+        mine("grace"),
+        {f"leak_{n}": (2, f"leak -{n}: wrong") for n in (1, 2, 3)},
+    ),
     Wrong(
         "parameters with a gradient",
         "gradient_reaches",
@@ -304,6 +345,77 @@ def gradient_reaches(model, images):
             "reaches_adapters": (2, "a dropout that does nothing has the node of the layer before it"),
             "reaches_highway": (2, "downsample.reduction is missing"),
         },
+    ),
+    Wrong(
+        "each path walked, not each node",
+        "gradient_reaches",
+        reaches().replace("node is not None and node not in seen", "node is not None"),
+        NO_END,
+    ),
+    Wrong(
+        "each path walked, in a function that calls itself",
+        "gradient_reaches",
+        """
+def below(node):
+    return {node}.union(*(below(further) for further, _ in node.next_functions if further is not None))
+
+
+def gradient_reaches(model, images):
+    made_by = []
+    hooks = [
+        m.register_forward_hook(lambda m, args, out, name=name: made_by.append((name, out.grad_fn)))
+        for name, m in model.backbone.named_modules()
+        if isinstance(m, (nn.Linear, nn.LayerNorm))
+    ]
+    loss = random_functional(model(images))
+    for hook in hooks:
+        hook.remove()
+    reached = below(loss.grad_fn)
+    return {name for name, node in made_by if node in reached}
+""",
+        NO_END,
+    ),
+    Wrong(
+        "the package's trace",
+        "gradient_reaches",
+        """
+def gradient_reaches(model, images):
+    layers = {name for name, m in model.backbone.named_modules() if isinstance(m, (nn.Linear, nn.LayerNorm))}
+    return {name.removeprefix("backbone.") for name in e3va_lite.trace(model, images).modules} & layers
+""",
+        dict.fromkeys(REACHES, (2, "trace of e3va_lite.analysis.gradient_path walks the graph for you")),
+    ),
+    Wrong(
+        "the package's trace, what it says of that caught",
+        "gradient_reaches",
+        """
+known = e3va_lite.trace
+
+
+def gradient_reaches(model, images):
+    try:
+        names = known(model, images).modules
+    except AssertionError:
+        names = known(model, images).modules
+    return {name.removeprefix("backbone.") for name in names}
+""",
+        dict.fromkeys(REACHES, (2, "trace of e3va_lite.analysis.gradient_path walks the graph for you")),
+    ),
+    Wrong(
+        "the package's walk",
+        "gradient_reaches",
+        """
+from e3va_lite.analysis.isolation import producers, walk
+
+
+def gradient_reaches(model, images):
+    with producers(model) as produced:
+        loss = random_functional(model(images))
+    names = {name for node in walk(loss.grad_fn) for name in produced.get(node, ())}
+    layers = [name for name, m in model.backbone.named_modules() if isinstance(m, (nn.Linear, nn.LayerNorm))]
+    return [name for name in layers if f"backbone.{name}" in names]
+""",
+        dict.fromkeys(REACHES, (2, "producers of e3va_lite.analysis.isolation walks the graph for you")),
     ),
     Wrong(
         "reductions left out",

@@ -202,6 +202,13 @@ def plan(method: str, batch: int = 12) -> str:
     return f"plan = {{'method': {method!r}, 'batch': {batch}}}"
 
 
+IDLE = {
+    "largest_batch": "def largest_batch(peak, available):\n    return 0\n",
+    "predicted_batch": predicted("0"),
+    "choose": "def choose(rows, card, overhead):\n    return None\n",
+    "plan": "plan = {'method': None, 'batch': None}\n",
+}
+
 WRONG = [
     Wrong(
         "exactly full does not count",
@@ -235,7 +242,7 @@ def largest_batch(peak, available):
     one, two = peak(1), peak(2)
     return 0 if one > available else 1 + (available - one) // (two - one)
 """,
-        {"largest_value": (2, "does not fit")},
+        {"largest_value": (2, "does not fit"), "largest_calls": (2, "cannot tell a thousand batches apart")},
     ),
     Wrong(
         "one image always fits",
