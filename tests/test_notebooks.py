@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from importlib.util import find_spec
 from pathlib import Path
 
 import nbformat
@@ -210,22 +211,22 @@ def test_run_all_in_a_browser(page, lab, tmp_path):
     assert page.locator(".jp-OutputArea-output img").count() >= figures > 0
 
 
-def in_figure(page, title):
-    """The interactive figure of that title: a locator, and a function that says what its drawings are now."""
-    figure = page.locator(".figure").filter(has=page.get_by_role("heading", name=title))
+def in_figure(page, title, number=0):
+    """An interactive figure of that title: a locator, and a function that says what its drawings are now."""
+    figure = page.locator(".figure").filter(has=page.get_by_role("heading", name=title)).nth(number)
     figure.wait_for(timeout=10_000)
     return figure, lambda: figure.locator("svg").evaluate_all("all => all.map(svg => svg.innerHTML).join()")
 
 
-def play_film(page):
+def play_film(page, number=0):
     """The slider of the film moves by keys, and the picture with it; so does the button."""
-    figure, drawn = in_figure(page, "One training step")
+    figure, drawn = in_figure(page, "One training step", number)
     first, slider = drawn(), figure.get_by_role("slider", name="Moment of the training step")
     slider.focus()
     for _ in range(30):
         page.keyboard.press("ArrowRight")
     assert slider.get_attribute("aria-valuetext") == "Forward pass: the backbone, moment 31 of 130"
-    assert figure.get_by_text("running: stage 3, block 1").count() == 3  # all methods
+    assert figure.get_by_text("running: stage 3, block 2").count() == 3  # all methods
     second = drawn()
     assert second != first
     page.keyboard.press("End")
@@ -244,9 +245,10 @@ def explore_paths(page):
         seen.add(drawn())
         return figure.locator(".verdict").text_content(), figure.locator(".box.lit").count()
 
-    figure.get_by_role("radio", name="adapter").last.check()
+    figure.get_by_role("radio", name="adapter (inside)").check()
     figure.get_by_role("checkbox", name="freeze").check()
-    assert look() == ("All that is trained gets its whole gradient.", 40)
+    # Sixteen adapters, the halves above the first of them, three reductions, four norms and the loss.
+    assert look() == ("All that is trained gets its whole gradient.", 16 + 15 + 3 + 4 + 1)
     figure.get_by_label("Part of the network").select_option("a4b2.1")
     assert look()[1] == 5  # the two adapters of the last block, the MLP between them, norm and loss
     figure.get_by_role("checkbox", name="detach").check()
@@ -283,14 +285,18 @@ def test_interactive_figures_play_in_jupyterlab(page, lab, tmp_path):
         (tmp_path / f"{figure}.json").write_text(json.dumps(data_of(INTERACTIVE[name])))
         shown = f"Interactive('{figure}', json.load(open('{figure}.json')), '')"
         notebook.cells.append(nbformat.v4.new_code_cell("\n".join((*figures, shown))))
+    if widget := find_spec("anywidget"):
+        notebook.cells.append(nbformat.v4.new_code_cell(f"({notebook.cells[0].source.splitlines()[-1]}).widget()"))
     nbformat.write(notebook, tmp_path / "figures.ipynb")
     page.goto(f"{lab}/lab/tree/figures.ipynb?reset")
     page.get_by_text(re.compile(r"\| Idle$")).wait_for(timeout=60_000)
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_text(re.compile("^Run All( Cells)?$")).click()
-    page.locator(".figure").nth(1).wait_for(timeout=60_000)
+    page.locator(".figure").nth(len(notebook.cells) - 1).wait_for(timeout=60_000)
     play_film(page)
     explore_paths(page)
+    if widget:
+        play_film(page, number=1)
 
 
 def data_of(path):
