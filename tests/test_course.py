@@ -226,8 +226,13 @@ def nbgrader(tmp_path_factory):
     return api
 
 
-def handed_in(api, student: str, assignment: str, answers: dict[str, str]) -> tuple[dict[str, float], str]:
-    """A student fills in the release, nbgrader grades it: the points of every grade cell, and the graded notebook."""
+def handed_in(
+    api, student: str, assignment: str, answers: dict[str, str], sources: bool = False
+) -> tuple[dict[str, float], str]:
+    """A student fills in the release, nbgrader grades it: the points of every grade cell, and the graded notebook.
+
+    While it is graded the sources are not there, unless ``sources`` is set: grading does not need them.
+    """
     root = Path(api.coursedir.root)
     notebook = nbformat.read(root / "release" / assignment / f"{assignment}.ipynb", as_version=4)
     for cell in notebook.cells:
@@ -235,7 +240,12 @@ def handed_in(api, student: str, assignment: str, answers: dict[str, str]) -> tu
     folder = root / "submitted" / student / assignment
     folder.mkdir(parents=True)
     nbformat.write(notebook, folder / f"{assignment}.ipynb")
-    result = api.autograde(assignment, student)
+    away = root / "source" if sources else root / "nowhere"
+    (root / "source").rename(away)
+    try:
+        result = api.autograde(assignment, student)
+    finally:
+        away.rename(root / "source")
     assert result["success"], result["log"]
     with api.gradebook as book:
         submission = book.find_submission_notebook(assignment, assignment, student)
@@ -307,7 +317,7 @@ def test_who_rewrites_the_test_cells_gets_nothing(nbgrader, answer):
 def test_who_looks_for_the_sources_finds_none(nbgrader):
     answers = dict.fromkeys(solutions("1_adapter"), "pass")
     answers["adapter"] = FROM_THE_SOURCE.format(name="1_adapter")
-    scores, graded = handed_in(nbgrader, "reader", "1_adapter", answers)
+    scores, graded = handed_in(nbgrader, "reader", "1_adapter", answers, sources=True)
     assert scores == dict.fromkeys(points("1_adapter"), 0)
     assert "cannot be used while a notebook is graded" in graded
 
@@ -340,47 +350,61 @@ def feedback(api, student: str, assignment: str) -> str:
     return text
 
 
-def test_the_guard_of_a_kernel_refuses_answers_and_rewritten_cells(tmp_path):
-    """In a shell like a kernel's, where nbgrader would grade."""
-    desk = tmp_path / "autograded" / "ada" / "1_adapter"
-    for path, text in ((desk / "own.txt", "mine"), (tmp_path / "source" / "solution.txt", "theirs")):
-        path.parent.mkdir(parents=True)
-        path.write_text(text)
-    read = "from pathlib import Path; Path({!r}).read_text()".format
-    cells = [
-        ("import torch, e3va_lite; e3va_lite.E3VA", ""),
-        (read("own.txt"), ""),
-        (read("../../../source/solution.txt"), "solution.txt cannot be used"),
-        (read(str(COURSE / "source" / "1_adapter" / "1_adapter.ipynb")), "1_adapter.ipynb cannot be used"),
-        ("import tests.course_answers", "cannot be used"),
-        ("import os; os.link('../../../source/solution.txt', 'solution.txt')", "solution.txt cannot be used"),
-        ("import sqlite3; sqlite3.connect('../../../gradebook.db')", "gradebook.db cannot be used"),
-        ("import os; os.system('cat ../../../source/solution.txt')", "no other process"),
-        ("import subprocess; subprocess.run(['cat', '../../../source/solution.txt'])", "no other process"),
-        ("hide_answers", "name 'hide_answers' is not defined"),
-        (WITHOUT_ASSERTIONS, ""),
-        ("assert False", "changes its cells before they are run"),
-        ("1 + 1", "changes its cells before they are run"),
-    ]
+def errors_in_a_guarded_shell(folder: Path, cells: list[str]) -> list[str]:
+    """What cells raise, or "", in a shell like a kernel's that starts as nbgrader's do."""
+    start = settings().Execute.extra_arguments[0].removeprefix("--IPKernelApp.exec_lines=")
     program = f"""
 import json
 from IPython.core.interactiveshell import InteractiveShell
 shell = InteractiveShell.instance()
-shell.user_ns["__file__"] = {str(COURSE / "guard.py")!r}
-shell.safe_execfile(shell.user_ns["__file__"], shell.user_ns)
-errors = []
-for code in {[code for code, _ in cells]!r}:
-    ran = shell.run_cell(code)
-    errors.append(str(ran.error_before_exec or ran.error_in_exec or ""))
-print(json.dumps(errors))
+shell.run_cell({start!r})
+ran = [shell.run_cell(code) for code in {cells!r}]
+print(json.dumps([str(done.error_before_exec or done.error_in_exec or "") for done in ran]))
 """
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "IPYTHONDIR": str(tmp_path / "ipython")}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "IPYTHONDIR": str(folder / "ipython")}
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=desk, env=environment, capture_output=True, text=True, check=True
+        [sys.executable, "-c", program], cwd=folder, env=environment, capture_output=True, text=True, check=True
     )
-    errors = json.loads(done.stdout.splitlines()[-1])
-    for (code, part), error in zip(cells, errors, strict=True):
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_while_a_notebook_is_graded_no_answers_can_be_read(tmp_path):
+    desk = tmp_path / "autograded" / "ada" / "1_adapter"
+    for path, text in ((desk / "own.txt", "mine"), (tmp_path / "source" / "solution.txt", "theirs")):
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+    read = "import pathlib; pathlib.Path({!r}).read_text()".format
+    expected = {
+        "os = Path = refuse = replaced = None; import torch, e3va_lite; e3va_lite.trace": "",
+        read("own.txt"): "",
+        read("../../../source/solution.txt"): "solution.txt cannot be used",
+        read(str(COURSE / "source" / "1_adapter" / "1_adapter.ipynb")): "1_adapter.ipynb cannot be used",
+        "import tests.course_answers": "cannot be used",
+        "import os; os.link('../../../source/solution.txt', 'solution.txt')": "solution.txt cannot be used",
+        "import sqlite3; sqlite3.connect('../../../gradebook.db')": "gradebook.db cannot be used",
+        "os.system('cat ../../../source/solution.txt')": "no other process",
+        "!cat ../../../source/solution.txt": "no other process",
+        "import subprocess; subprocess.run(['cat', '../../../source/solution.txt'])": "no other process",
+        "hide_answers": "name 'hide_answers' is not defined",
+    }
+    errors = errors_in_a_guarded_shell(desk, list(expected))
+    for (code, part), error in zip(expected.items(), errors, strict=True):
         assert part in error if part else not error, (code, error)
+
+
+@pytest.mark.parametrize(
+    ("code", "objection"),
+    [
+        (WITHOUT_ASSERTIONS, "changes its cells before they are run"),
+        ("get_ipython().input_transformers_post.append(lambda lines: [])", "changes its cells before they are run"),
+        ("import torch; torch.allclose = lambda *args, **options: True", "replaces torch.allclose"),
+        ("import torch; torch.Tensor.equal = lambda *args: True", "replaces torch.Tensor.equal"),
+        ("import e3va_lite; e3va_lite.assert_isolated = lambda *args, **options: None", "replaces e3va_lite.assert"),
+    ],
+)
+def test_a_notebook_that_tampers_with_its_tests_is_not_run_on(tmp_path, code, objection):
+    first, second, third = errors_in_a_guarded_shell(tmp_path, [code, "1 + 1", "assert False"])
+    assert not first and objection in second and objection in third
 
 
 def commands(heading: str) -> list[str]:

@@ -242,7 +242,7 @@ def largest_batch(peak, available):
     one, two = peak(1), peak(2)
     return 0 if one > available else 1 + (available - one) // (two - one)
 """,
-        {"largest_value": (2, "does not fit"), "largest_calls": (2, "cannot tell a thousand batches apart")},
+        {"largest_value": (2, "does not fit"), "largest_calls": (2, "is far from the 900 images that fit")},
     ),
     Wrong(
         "one image always fits",
