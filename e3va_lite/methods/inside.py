@@ -90,6 +90,7 @@ class ThroughBackbone(TunedBackbone):
         for number, stage in enumerate(self.backbone.layers[: self.last_stage], start=1):
             x = stage.downsample(x)
             if self.frozen and not torch.jit.is_tracing():  # a trace cannot record the fused form
+                x = x.clone() if x is maps.get(number - 1) else x  # where nothing is reduced: it is overwritten below
                 with torch.no_grad():
                     for _ in frozen_stream.run(stage, x):
                         pass
