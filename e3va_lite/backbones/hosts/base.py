@@ -139,8 +139,10 @@ def _nothing(inside: dict[str, nn.Module]) -> InputError:
     seen = [name for name, module in inside.items() if type(module).__name__ in kinds]
     if not seen:
         return InputError(f"no backbone that can be tuned was found; supported are {SUPPORTED}.")
-    above = next((n for n, m in inside.items() if seen[0].startswith(n) and "forward" in type(m).__dict__), "")
-    kind = type(inside[above]).__name__
+    above = [m for n, m in inside.items() if seen[0].startswith(n) and n not in seen]
+    kind = next(
+        (type(m).__name__ for m in reversed(above) if not type(m).__module__.startswith("torch.nn")), "the model"
+    )
     return InputError(
         f"blocks of a backbone were found in '{seen[0]}', but what {kind} makes of them is not known; supported are "
         f"{SUPPORTED}."

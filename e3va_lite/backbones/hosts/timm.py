@@ -86,8 +86,10 @@ class ViTFront(nn.Module):
 
     def __init__(self, vit: VisionTransformer | Eva) -> None:
         super().__init__()
-        self.vit = copy.copy(vit)  # shares the parts with the one that was found
-        self.vit._parameters, self.vit._buffers = dict(vit._parameters), dict(vit._buffers)
+        self.vit = copy.copy(vit)  # its parts are those of the one that was found ...
+        vars(self.vit).update(
+            {k: copy.copy(v) for k, v in vars(vit).items() if isinstance(v, dict)}
+        )  # ... hooks are not
         self.vit._modules = {k: v for k, v in vit._modules.items() if k not in ("blocks", *AFTER_THE_BLOCKS)}
         self.vit.dynamic_img_size = True  # at the size that it was built for, this is the same
 

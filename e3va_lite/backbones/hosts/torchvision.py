@@ -65,9 +65,13 @@ class TunedLayerGetter(Host, IntermediateLayerGetter):
 
     def take_apart(self) -> tuple[Stages, tuple[int, ...]]:
         if "1" not in self or not isinstance(self["1"], nn.Sequential) or not _is_block(self["1"][0]):
-            raise InputError(f"this IntermediateLayerGetter holds no Swin of torchvision: its children are {list(self)}.")
+            raise InputError(
+                f"this IntermediateLayerGetter holds no Swin of torchvision: its children are {list(self)}."
+            )
         if halfway := [name for name in self.return_layers if int(name) % 2 == 0]:
-            raise InputError(f"layer '{halfway[0]}' of torchvision's Swin is no stage: return_layers can be 1, 3, 5, 7.")
+            raise InputError(
+                f"layer '{halfway[0]}' of torchvision's Swin is no stage: return_layers can be 1, 3, 5, 7."
+            )
         return stages_of(list(self.values())), tuple((int(name) + 1) // 2 for name in self.return_layers)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
