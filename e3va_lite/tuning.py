@@ -6,9 +6,9 @@
 >>> tuning.save_pretrained("boats")
 >>> tuning = e3va_lite.from_pretrained(new_model, "boats")
 
-The model is changed in place, as by PEFT's ``inject_adapter_in_model``: it is the same object of the same class with the
-same inputs and outputs, and a new one computes what it computed before. :class:`Tuning` is a handle beside it. Neck and
-head are trained as their ``requires_grad`` says.
+The model is changed in place, as by PEFT's ``inject_adapter_in_model``: it is the same object of the same class with
+the same inputs and outputs, and at first it computes what it computed before. :class:`Tuning` is a handle beside it.
+Neck and head are trained as their ``requires_grad`` says.
 """
 
 import json
@@ -156,7 +156,10 @@ class Tuning:
 
     @contextmanager
     def disable(self) -> Iterator[nn.Module]:
-        """Inside this context the model computes what it computed before :func:`tune`, with its neck and head of now."""
+        """Inside this context the backbone computes what it computed before :func:`tune`; neck and head are unchanged.
+
+        The model is as before when the context ends, after an exception, too.
+        """
         parameters = self.bank.install(self.tuned, dict(self.bank.new(self.tuned)))
         try:
             yield self.model
@@ -275,8 +278,8 @@ def _settle(model, name, kind, stages, numbers, method, options) -> Tuning:
     host = model.get_submodule(name)
     if method in kind.REFUSED:
         raise InputError(
-            f"{method} is made for timm's own blocks, which {type(host).__name__} does not have: choose e3va, adapter or "
-            "another method."
+            f"{method} is made for timm's own blocks, which {type(host).__name__} does not have: choose e3va, adapter "
+            "or another method."
         )
     if "fpn_norm" in options:
         raise InputError("fpn_norm is no option here: the norms behind the stages are the model's own.")
@@ -327,7 +330,8 @@ def _rest_of(folder: Path, model: nn.Module, name: str) -> dict[str, Tensor]:
     for key, value in tensors.items():
         if key not in state or state[key].shape != value.shape:
             raise InputError(
-                f"'{folder}' was saved with another neck or head, first at '{key}': pass rest=False for the adapters only."
+                f"'{folder}' was saved with another neck or head, first at '{key}': pass rest=False for the adapters "
+                "alone."
             )
     return tensors
 
@@ -361,6 +365,6 @@ def _check_backbone(folder: Path, config: dict, kind: type, numbers: tuple[int, 
         )
     if about["fingerprint"] != digest:
         raise InputError(
-            f"'{folder}' was made with other pretrained weights (their digest begins with {about['fingerprint'][:12]}): "
-            "load those."
+            f"'{folder}' was made with other pretrained weights (their digest begins with "
+            f"{about['fingerprint'][:12]}): load those."
         )

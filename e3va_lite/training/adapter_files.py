@@ -1,4 +1,4 @@
-"""Adapters in a file without a run: of a backbone from :func:`e3va_lite.build_backbone` in a training loop of one's own."""
+"""Adapters in a file without a run: of a backbone from ``build_backbone`` in a training loop of one's own."""
 
 from pathlib import Path
 

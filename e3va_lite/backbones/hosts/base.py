@@ -14,7 +14,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from ...errors import InputError
-from ..base import FPNNorms, embed, fpn_norms, stage_dims, to_nchw
+from ..base import FPNNorms, embed, fpn_norms, stage_dims
 
 SUPPORTED = (
     "timm's Swin, Swin V2, plain ViT (DINOv2 too) and DINOv3, as classifiers or with features_only=True; torchvision's "

@@ -2,6 +2,7 @@
 
 import copy
 from collections import OrderedDict
+from itertools import pairwise
 from typing import ClassVar
 
 from timm.layers import Format
@@ -116,7 +117,7 @@ def vit_stages(vit: VisionTransformer | Eva, indices: list[int]) -> Stages:
     embedding = vit.patch_embed
     embedding.flatten, embedding.output_fmt, embedding.strict_img_size = False, Format.NHWC, False
     starts = [0, *(index + 1 for index in indices)]
-    pieces = [list(vit.blocks)[a:b] for a, b in zip(starts, starts[1:], strict=False)]
+    pieces = [list(vit.blocks)[a:b] for a, b in pairwise(starts)]
     return Stages(ViTFront(vit), [Stage(nn.Identity(), blocks) for blocks in pieces])
 
 

@@ -1,5 +1,6 @@
 """Models of Hugging Face's transformers as hosts; imported where a model of that library is tuned, and not before."""
 
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -26,7 +27,7 @@ from .base import Host, Stage, Stages
 @f_p1.register
 def _(block: SwinLayer, x: Tensor) -> Tensor:
     """The first half of :meth:`SwinLayer.forward`, without its changes to the layer's own window and shift."""
-    _, height, width, channels = x.shape
+    _, height, width, _ = x.shape
     size, shift = block.window_size, block.shift_size
     if not block.always_partition and min(height, width) <= size:
         shift = 0
@@ -97,10 +98,10 @@ def swin_stages(swin: SwinModel, always_partition: bool) -> Stages:
     return Stages(Front(swin.embeddings, prefix=0), layers)
 
 
-def returns_maps_only(**asked: object) -> None:
+def returns_maps_only(asked: dict[str, object], *but: str) -> None:
     """Raise for what a tuned backbone cannot return."""
     for name, value in asked.items():
-        if value is not None and value is not False and name != "return_dict":
+        if value is not None and value is not False and name not in ("return_dict", *but):
             raise InputError(f"a backbone that is tuned returns its maps only: call it without {name}.")
 
 
@@ -113,7 +114,7 @@ def numbers_of(backbone: nn.Module) -> tuple[int, ...]:
 
 
 class TunedSwinBackbone(Host, SwinBackbone):
-    """The norms behind the stages are its own."""
+    """The norms behind the stages are its own; ``hidden_states`` are None, even where a model asks for them."""
 
     KEPT: ClassVar = ("hidden_states_norms",)
     REFUSED: ClassVar = ("lora", "lst")
@@ -123,7 +124,7 @@ class TunedSwinBackbone(Host, SwinBackbone):
 
     @can_return_tuple
     def forward(self, pixel_values: Tensor, **kwargs: object) -> BackboneOutput:
-        returns_maps_only(**kwargs)
+        returns_maps_only(kwargs, "output_hidden_states")  # models ask for them and then use the maps
         names = [name for name in self.stage_names if name in self.out_features]
         maps = [self.hidden_states_norms[n](m) for n, m in zip(names, self.maps_nhwc(pixel_values), strict=True)]
         return BackboneOutput(feature_maps=tuple(m.permute(0, 3, 1, 2).contiguous() for m in maps))
@@ -140,14 +141,14 @@ class TunedSwinModel(Host, SwinModel):
 
     @can_return_tuple
     def forward(self, pixel_values: Tensor, **kwargs: object) -> SwinModelOutput:
-        returns_maps_only(**kwargs)
+        returns_maps_only(kwargs)
         tokens = self.layernorm(self.maps_nhwc(pixel_values)[-1].flatten(1, 2))
         pooled = None if self.pooler is None else self.pooler(tokens.transpose(1, 2)).flatten(1)
         return SwinModelOutput(last_hidden_state=tokens, pooler_output=pooled)
 
 
 class TunedDinov2Backbone(Host, Dinov2Backbone):
-    """The last norm is its own."""
+    """The last norm is its own; ``hidden_states`` are None, even where a model asks for them."""
 
     KEPT: ClassVar = ("layernorm",)
     REFUSED: ClassVar = ("lora", "lst")
@@ -156,13 +157,13 @@ class TunedDinov2Backbone(Host, Dinov2Backbone):
         for block in self.encoder.layer:
             block.dim, block.prefix = self.config.hidden_size, 1
         ends = [0, *numbers_of(self)]  # a stage of transformers is one block
-        pieces = [list(self.encoder.layer)[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+        pieces = [list(self.encoder.layer)[a:b] for a, b in pairwise(ends)]
         stages = [Stage(nn.Identity(), blocks) for blocks in pieces]
         return Stages(Front(self.embeddings, prefix=1), stages), tuple(range(1, len(stages) + 1))
 
     @can_return_tuple
     def forward(self, pixel_values: Tensor, **kwargs: object) -> BackboneOutput:
-        returns_maps_only(**kwargs)
+        returns_maps_only(kwargs, "output_hidden_states")  # models ask for them and then use the maps
         maps = self.maps_nhwc(pixel_values)
         if self.config.apply_layernorm:
             maps = [self.layernorm(m) for m in maps]
