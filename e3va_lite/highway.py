@@ -61,7 +61,8 @@ class E3VA(SideNetwork):
         memory: The memory mode. ``store``, ``compress`` and ``recompute`` compute a parallel highway in the fused form
             of :mod:`e3va_lite.fused.highway`, which names what each of them keeps for the backward pass; forward hooks
             on the backbone's blocks do not fire there. ``reference`` computes equations (7) and (8) literally, calls
-            every module and leaves the backward pass to autograd; it is required for ``stacked`` and ``chained``.
+            every module and leaves the backward pass to autograd; it is required for ``stacked`` and ``chained``, and
+            taken by itself where operators are recorded, see :func:`e3va_lite.fused.is_recorded`.
             Default: ``compress`` for parallel adapters.
 
     Attributes:
