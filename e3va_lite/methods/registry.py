@@ -4,9 +4,9 @@ All modules share one contract, ``features = backbone(images)`` with ``out_chann
 pretrained backbone under the state-dict prefix ``backbone.`` and, when new, compute what the frozen model computes.
 They differ in what is trained and in the path that the gradient takes.
 
-All of them can be pickled and copied. For deployment, in eval mode and under ``torch.no_grad()``, ``fixed`` and the E3VA
-family can be used in every memory mode with :func:`torch.compile`, :func:`torch.export.export` (with a batch of any
-size), :func:`torch.jit.trace` and the older ONNX exporter: there they compute the equations literally.
+All of them can be pickled and copied. For deployment, in eval mode and under ``torch.no_grad()``, ``fixed`` and the
+E3VA family can be used in every memory mode with :func:`torch.compile`, :func:`torch.export.export` (with a batch of
+any size), :func:`torch.jit.trace` and the older ONNX exporter: there they compute the equations literally.
 """
 
 import inspect
