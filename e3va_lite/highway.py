@@ -18,6 +18,7 @@ from .adapters import LowRankAdapter, StandardAdapter
 from .backbones.base import SideNetwork, embed, f_p1, f_p2
 from .errors import InputError, unknown
 from .fused import highway as fused
+from .fused import is_recorded
 
 # How the two adapters of a block meet (Fig. 3): functions of e, the taps f1 and f2, and the adapters a1 and a2.
 
@@ -60,7 +61,8 @@ class E3VA(SideNetwork):
         memory: The memory mode. ``store``, ``compress`` and ``recompute`` compute a parallel highway in the fused form
             of :mod:`e3va_lite.fused.highway`, which names what each of them keeps for the backward pass; forward hooks
             on the backbone's blocks do not fire there. ``reference`` computes equations (7) and (8) literally, calls
-            every module and leaves the backward pass to autograd; it is required for ``stacked`` and ``chained``.
+            every module and leaves the backward pass to autograd; it is required for ``stacked`` and ``chained``, and
+            taken by itself where operators are recorded, see :func:`e3va_lite.fused.is_recorded`.
             Default: ``compress`` for parallel adapters.
 
     Attributes:
@@ -138,7 +140,7 @@ class E3VA(SideNetwork):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) -> one map (B, C_i, ceil(H/s_i), ceil(W/s_i)) per consumed stage."""
-        literal = self.memory == "reference" or torch.jit.is_tracing()  # a trace cannot record the fused form
+        literal = self.memory == "reference" or is_recorded()
         return self.reference(images) if literal else fused.run(self, images)
 
     def reference(self, images: Tensor) -> list[Tensor]:

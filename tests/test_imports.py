@@ -22,6 +22,7 @@ FLOORS = (
     ("methods",),
     ("tasks",),
     ("training",),
+    ("tuning",),
     ("analysis",),
     ("experiments",),
     ("cli",),

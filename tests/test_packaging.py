@@ -15,7 +15,13 @@ from e3va_lite.backbones.weights import fingerprint
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "data" / "results"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-PAGES = ("README.md", "data/README.md", "data/results/README.md", "notebooks/course/README.md")
+PAGES = (
+    "README.md",
+    "data/README.md",
+    "data/results/README.md",
+    "notebooks/course/README.md",
+    "tests/integrations/README.md",
+)
 
 
 def read(page: str) -> str:

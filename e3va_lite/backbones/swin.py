@@ -113,6 +113,15 @@ def _(block: SwinTransformerBlock, x: Tensor) -> Tensor:
     return block.drop_path2(block.mlp(block.norm2(x)))
 
 
+class RollsFirst(SwinTransformerBlock):
+    """A block in timm's own order of operations, roll and then pad, for models that were built and used as timm's."""
+
+
+@f_p1.register
+def _(block: RollsFirst, x: Tensor) -> Tensor:
+    return block.drop_path1(block._attn(block.norm1(x)))
+
+
 def in_windows(block: nn.Module, x: Tensor) -> Tensor:
     """A block's attention in its shifted windows, (B, H, W, C) -> (B, H, W, C).
 

@@ -15,6 +15,7 @@ from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
 
 from ..backbones.base import f_p1, f_p2
+from ..backbones.swin import RollsFirst
 
 #: Tokens that pass a block together: few enough for a CPU's cache, many enough to keep a GPU busy.
 ROWS = {"cpu": 4096, "gpu": 65536}
@@ -35,7 +36,8 @@ def run(stage: nn.Module, l: Tensor) -> Taps:
     """
     tokens = l.view(-1, l.shape[-1])  # (T, C)
     shifts = {block.shift_size: block.window_size for block in stage.blocks if isinstance(block, SwinTransformerBlock)}
-    windows = {shift: _windows(l.shape, window, shift, l.device) for shift, window in shifts.items()}
+    timms_order = isinstance(stage.blocks[0], RollsFirst)
+    windows = {shift: _windows(l.shape, window, shift, timms_order, l.device) for shift, window in shifts.items()}
     for number, block in enumerate(stage.blocks):
         attended = _attend(block, tokens, windows[block.shift_size]) if windows else f_p1(block, l).flatten(0, 2)
         for rows in slices(tokens):
@@ -82,14 +84,20 @@ def _attend(block: SwinTransformerBlock, l: Tensor, windows: list[tuple]) -> Ten
     return f1[:-1]
 
 
-def _windows(shape: torch.Size, window: tuple[int, int], shift: tuple[int, int], device: torch.device) -> list[tuple]:
-    arrays = _window_indices(*shape[:3], *window, *shift, _rows(device))
+def _windows(
+    shape: torch.Size, window: tuple[int, int], shift: tuple[int, int], timms_order: bool, device: torch.device
+) -> list[tuple]:
+    arrays = _window_indices(*shape[:3], *window, *shift, timms_order, _rows(device))
     return [tuple(None if x is None else torch.from_numpy(x).to(device) for x in some) for some in arrays]
 
 
 @lru_cache(maxsize=64)
-def _window_indices(batch: int, height: int, width: int, wh: int, ww: int, sh: int, sw: int, size: int) -> list[tuple]:
-    """Indices of the windows of a batch of maps in the official order (pad, then roll), in groups of ``size`` tokens.
+def _window_indices(
+    batch: int, height: int, width: int, wh: int, ww: int, sh: int, sw: int, timms_order: bool, size: int
+) -> list[tuple]:
+    """Indices of the windows of a batch of maps in the official order (pad, then roll) or in timm's (roll, then pad).
+
+    Windows come in groups of about ``size`` tokens.
 
     A roll leaves four kinds of windows: whole ones, and those with a seam across, down, or both. Each group holds one
     kind, so that one matrix masks all of its windows.
@@ -100,7 +108,11 @@ def _window_indices(batch: int, height: int, width: int, wh: int, ww: int, sh: i
         without or with a seam between them, or None for windows without a seam.
     """
     h, w = height + -height % wh, width + -width % ww
-    y, x = np.roll(np.arange(h), -sh)[:, None], np.roll(np.arange(w), -sw)
+    if timms_order:
+        y = np.pad(np.roll(np.arange(height), -sh), (0, h - height), constant_values=height)[:, None]
+        x = np.pad(np.roll(np.arange(width), -sw), (0, w - width), constant_values=width)
+    else:
+        y, x = np.roll(np.arange(h), -sh)[:, None], np.roll(np.arange(w), -sw)
     past_seam = 2 * (np.arange(h) >= h - sh)[:, None] + (np.arange(w) >= w - sw)
 
     def cut(values: np.ndarray) -> np.ndarray:

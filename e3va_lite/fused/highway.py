@@ -88,15 +88,20 @@ class Saved(NamedTuple):
 
 def run(highway: nn.Module, images: Tensor) -> list[Tensor]:
     """The maps for the neck of a parallel :class:`e3va_lite.highway.E3VA` in one of the ``MEMORY_MODES``."""
-    norms = [norm for i in range(highway.last_stage) if (norm := highway.norm(i)) is not None]
-    own = [highway.adapters, *norms, *([] if highway.reductions is None else [highway.reductions])]
-    trained = [p for module in own for p in _trained(module)]  # and nothing of the backbone
+    trained = _own(highway)
     if trained and torch.is_grad_enabled():
         maps = list(_Highway.apply(highway, images, *trained))
     else:
         with torch.no_grad():
             maps = _forward(highway, images)[0]
     return highway.norms.finish(maps, images)
+
+
+def _own(highway: nn.Module) -> list[nn.Parameter]:
+    """The trained parameters of the highway, and nothing of the backbone."""
+    norms = [norm for i in range(highway.last_stage) if (norm := highway.norm(i)) is not None]
+    own = [highway.adapters, *norms, *([] if highway.reductions is None else [highway.reductions])]
+    return [p for module in own for p in _trained(module)]
 
 
 class _Highway(torch.autograd.Function):
@@ -112,6 +117,8 @@ class _Highway(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *grad_maps: Tensor) -> tuple[Tensor | None, ...]:
+        if list(map(id, ctx.trained)) != list(map(id, _own(ctx.highway))):
+            raise RuntimeError("the adapters were exchanged, frozen or unfrozen between forward and backward pass")
         leaves = ctx.saved_tensors[: ctx.layout.num_leaves]  # an error if a trained parameter was changed since
         saved = tree_unflatten(leaves, ctx.layout)
         with ctx.precision:

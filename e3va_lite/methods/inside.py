@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..adapters import KernelAdapter, QVUpdate, StandardAdapter
 from ..backbones.base import TunedBackbone, embed, f_p1, f_p2, freeze, is_neck
-from ..fused import frozen_stream
+from ..fused import frozen_stream, is_recorded
 
 MIDDLE = 64  # "middle dim of these methods are set to 64" (section 4.1): adapter, lora, adaptformer
 
@@ -89,7 +89,8 @@ class ThroughBackbone(TunedBackbone):
         maps = {}
         for number, stage in enumerate(self.backbone.layers[: self.last_stage], start=1):
             x = stage.downsample(x)
-            if self.frozen and not torch.jit.is_tracing():  # a trace cannot record the fused form
+            if self.frozen and not is_recorded():
+                x = x.clone() if x is maps.get(number - 1) else x  # where nothing is reduced: it is overwritten below
                 with torch.no_grad():
                     for _ in frozen_stream.run(stage, x):
                         pass
@@ -103,6 +104,36 @@ class ThroughBackbone(TunedBackbone):
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(self.run_block, *arguments, use_reentrant=False)
         return self.run_block(*arguments)
+
+
+class LoRA(ThroughBackbone):
+    """A frozen backbone with low-rank updates of q and v in every attention.
+
+    The arguments are those of :class:`ThroughBackbone`, and the rank of the updates.
+    """
+
+    def __init__(
+        self, backbone: nn.Module, stages: tuple[int, ...], rank: int, fpn_norm_trainable: bool, checkpointing: bool
+    ) -> None:
+        super().__init__(freeze(backbone), stages, fpn_norm_trainable, checkpointing=checkpointing)
+        self.updates = nn.ModuleList(QVUpdate(block.dim, rank) for block in _blocks(backbone, stages))
+        for block, update in zip(_blocks(backbone, stages), self.updates, strict=True):
+            block.attn.qkv.register_forward_hook(update.hook)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Add the updates to the weights of q and v and drop them: the same maps, at the cost of a frozen backbone.
+
+        The backbone then has other weights than the pretrained ones, so that adapters no longer fit it.
+        """
+        for block, update in zip(_blocks(self.backbone, self.norms.stages), self.updates, strict=True):
+            qkv = block.attn.qkv
+            q, v = update.b @ update.a  # (C, C) each
+            qkv.weight += torch.cat([q, torch.zeros_like(q), v])
+            for key, hook in list(qkv._forward_hooks.items()):  # a copied model has no handles
+                if getattr(hook, "__self__", None) is update:
+                    del qkv._forward_hooks[key]
+        self.updates, self.frozen = nn.ModuleList(), True
 
 
 def full(backbone: nn.Module, stages, fpn_norm="trainable", checkpointing=False) -> nn.Module:
@@ -149,11 +180,7 @@ def adapter(backbone: nn.Module, stages, middle=MIDDLE, fpn_norm="fixed", checkp
 
 def lora(backbone: nn.Module, stages, rank=MIDDLE, fpn_norm="fixed", checkpointing=False) -> nn.Module:
     """Low-rank updates of q and v in every attention (Hu et al. 2022)."""
-    model = ThroughBackbone(freeze(backbone), stages, fpn_norm == "trainable", checkpointing=checkpointing)
-    model.updates = nn.ModuleList(QVUpdate(block.dim, rank) for block in _blocks(backbone, stages))
-    for block, update in zip(_blocks(backbone, stages), model.updates, strict=True):
-        block.attn.qkv.register_forward_hook(update.hook)
-    return model
+    return LoRA(backbone, stages, rank, fpn_norm == "trainable", checkpointing)
 
 
 def adaptformer(backbone: nn.Module, stages, middle=MIDDLE, fpn_norm="fixed", checkpointing=False) -> nn.Module:

@@ -66,7 +66,8 @@ class LST(SideNetwork):
         widths = [dim // narrower for dim in dims]
         self.start = nn.Linear(dims[0], widths[0])
         self.reductions = nn.ModuleList(
-            nn.Identity() if i == 0 else PatchMerging(widths[i - 1], widths[i]) for i in range(len(widths))
+            nn.Identity() if isinstance(layer.downsample, nn.Identity) else PatchMerging(widths[i - 1], widths[i])
+            for i, layer in enumerate(layers)
         )
         per_stage = list(zip(layers, dims, widths, strict=True))
         self.rungs = nn.ModuleList(nn.ModuleList(Rung(dim, w) for _ in stage.blocks) for stage, dim, w in per_stage)

@@ -4,9 +4,9 @@ All modules share one contract, ``features = backbone(images)`` with ``out_chann
 pretrained backbone under the state-dict prefix ``backbone.`` and, when new, compute what the frozen model computes.
 They differ in what is trained and in the path that the gradient takes.
 
-All of them can be pickled and copied. For deployment, in eval mode and under ``torch.no_grad()``,
-:func:`torch.export.export` takes ``fixed`` and the E3VA family in every memory mode, for images of one size;
-:func:`torch.jit.trace` records ``memory="reference"`` whatever the memory mode is.
+All of them can be pickled and copied. For deployment, in eval mode and under ``torch.no_grad()``, ``fixed`` and the
+E3VA family can be used in every memory mode with :func:`torch.compile`, :func:`torch.export.export` (with a batch of
+any size), :func:`torch.jit.trace` and the older ONNX exporter: there they compute the equations literally.
 """
 
 import inspect
@@ -128,10 +128,30 @@ def build_backbone(
     Raises:
         InputError: For an unknown method, backbone, option or value, or for weights that do not fit.
     """
+    check_options(method, options)
+    if not stages or set(stages) - {1, 2, 3, 4} or list(stages) != sorted(set(stages)):
+        raise InputError(f"stages={tuple(stages)} must be ascending numbers out of 1, 2, 3 and 4.")
+    tuned = attach(method, create_backbone(name, pretrained, weights, drop_path_rate), tuple(stages), options)
+    tuned.name = name  # exported adapters are loaded beside a backbone of the same name only
+    return tuned
+
+
+def attach(method: str, backbone: nn.Module, stages: tuple[int, ...], options: dict) -> nn.Module:
+    """A method applied to a backbone that is there already; ``method``, ``stages`` and ``options`` are kept in it.
+
+    Raises:
+        InputError: For a value that the method or the backbone does not allow.
+    """
+    tuned = (METHODS | OTHERS)[method](backbone, stages, **options)
+    tuned.built_with = {"method": method, "stages": list(stages), "options": options}
+    return tuned
+
+
+def check_options(method: str, options: dict) -> None:
+    """Raise an InputError for an unknown method, or an option that it has not or that has a wrong value."""
     known_methods = METHODS | OTHERS
     if method not in known_methods:
         raise unknown("method", method, known_methods)
-    function = known_methods[method]
     for option in options:
         if option not in options_of(method):
             raise unknown(f"option of method {method}", option, options_of(method))
@@ -141,11 +161,6 @@ def build_backbone(
         value = options.get(option)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
             raise InputError(f"{option}={value} must be an integer.")
-    if not stages or set(stages) - {1, 2, 3, 4} or list(stages) != sorted(set(stages)):
-        raise InputError(f"stages={tuple(stages)} must be ascending numbers out of 1, 2, 3 and 4.")
-    tuned = function(create_backbone(name, pretrained, weights, drop_path_rate), tuple(stages), **options)
-    tuned.name = name  # exported adapters are loaded beside a backbone of the same name only
-    return tuned
 
 
 def options_of(method: str) -> list[str]:

@@ -80,7 +80,7 @@ def test_a_backbone_goes_to_another_process(start):
 
 @pytest.mark.parametrize(("method", "options"), [("fixed", {}), ("e3va", {}), ("e3va", {"memory": "reference"})])
 def test_torch_export(method, options):
-    """In eval mode and without gradients, for images of one size."""
+    """In eval mode and without gradients; with a dynamic batch in tests/integrations."""
     backbone, images = moved(method, **options), torch.randn(1, 3, 64, 96)
     with torch.no_grad():
         exported = torch.export.export(backbone, (images,)).module()
@@ -96,6 +96,21 @@ def test_torchscript_traces_the_reference(method, options):
     with torch.no_grad():
         traced = torch.jit.trace(backbone, images, check_trace=False)
     assert_same_maps(traced, backbone, torch.randn(1, 3, 64, 96), atol=1e-4, rtol=1e-4)
+
+
+def test_lora_can_be_merged():
+    backbone, images = moved("lora", rank=4), torch.randn(2, 3, 64, 96)
+    before = maps_of(backbone, images)
+    pretrained = backbone.backbone.layers[0].blocks[0].attn.qkv.weight.clone()
+    backbone.merge()
+    after = maps_of(backbone, images)
+    for a, b in zip(after, before, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    weight = backbone.backbone.layers[0].blocks[0].attn.qkv.weight
+    assert torch.equal(weight[40:80], pretrained[40:80]) and not torch.equal(weight[:40], pretrained[:40])
+    assert not any(p.requires_grad for p in backbone.parameters()) and not any(
+        "updates" in k for k in backbone.state_dict()
+    )
 
 
 def fired(backbone):
