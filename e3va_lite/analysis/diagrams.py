@@ -100,9 +100,10 @@ def _blocks(title: str, backbones: dict[str, nn.Module], images: Tensor, stage: 
     traces = {label: trace(backbone, images) for label, backbone in backbones.items()}
     longest = max(found.longest_path_per_stage[stage - 1] for found in traces.values())
     widths = [8.8 if isinstance(b, E3VA) else 6.4 if _adapters_of(b) == "beside" else 4.8 for b in backbones.values()]
-    note = f"the last block of stage {stage}; {_note(backbones, images)}; {BARS}"
+    note = f"the last block of stage {stage}; {_note(backbones, images)}"
     figure, axes = canvas(title, note, max(sum(widths), 14) + 0.4, 15.0)
     axes.text(0.6, 0.6, f"(11)  {equations(mathtext=True)['(11) corrected']};  $m$ counts the others", color=NOTE)
+    axes.text(0.6, 1.2, BARS, fontsize=9, color=NOTE)
     left = 0.4
     for (label, backbone), width in zip(backbones.items(), widths, strict=True):
         found = traces[label]
