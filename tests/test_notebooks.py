@@ -26,8 +26,12 @@ NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 WALKTHROUGH = sorted(NOTEBOOKS.glob("0*.ipynb"))
 MAX_OUTPUT, MAX_ALL = 200_000, 8_000_000  # bytes
 MAX_SECONDS = 180  # each; together 12 minutes
-COLAB = "google.colab"
 INTERACTIVE = {name: NOTEBOOKS / f"{name}.ipynb" for name in ("04_proofs", "07_memory_and_time")}
+START = NOTEBOOKS / "00_start_here.ipynb"
+GUESS = re.compile(r"^my_guess = None  # \S", re.M)
+# A term of the glossary, where it is written otherwise in a sentence.
+WRITTEN = {"link": r"\blinks?\b", "tap": r"\btaps?\b", "neck": r"\b[Nn]eck", "W-MSA and SW-MSA": r"\bW/SW-MSA"}
+WRITTEN |= {"shifted window": r"\bshifted\b", "stochastic depth": r"stochastic depth", "Cascade Mask R-CNN": r"Cascade"}
 IN_BROWSER = NOTEBOOKS / "05_low_rank.ipynb"  # figures, a slider, and soon over
 ON_A_MACHINE = re.compile(r"/home/|/root/|/tmp/|/usr/|/opt/|/Users/|[A-Z]:\\\\|site-packages|object at 0x")
 
@@ -50,8 +54,8 @@ def prose(notebook):
     return "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
 
 
-def test_there_are_nine_in_order():
-    assert [path.name[:2] for path in WALKTHROUGH] == [f"{number:02}" for number in range(1, 10)]
+def test_there_are_ten_in_order():
+    assert [path.name[:2] for path in WALKTHROUGH] == [f"{number:02}" for number in range(10)]
 
 
 @each
@@ -75,15 +79,54 @@ def test_all_together_are_small():
 def test_a_notebook_opens_and_closes_like_the_others(path):
     notebook = read(path)
     assert "After this notebook you can\n" in notebook.cells[0].source
-    first, second = code(notebook)[:2]
-    assert COLAB in first.source and not first.outputs  # does nothing but on Colab
-    assert "e3va_lite.__version__" in second.source
+    assert "e3va_lite.__version__" in code(notebook)[0].source
     last = notebook.cells[-1].source
     assert "## What was shown" in last and re.findall(r"^(\d)\. ", last.split("## Questions")[1], re.M) == [
         "1",
         "2",
         "3",
     ]
+
+
+@each
+def test_every_question_has_an_answer_to_unfold(path):
+    """With its difficulty and the minutes that it takes; and a prediction has its measurement, folded, too."""
+    notebook = read(path)
+    answers = re.findall(
+        r"<summary>Answer \((easy|medium|hard), (\d+) minutes\)</summary>\n\n +\S", notebook.cells[-1].source
+    )
+    assert len(answers) == 3 and all(0 < int(minutes) <= 15 for _, minutes in answers)
+    assert text(notebook).count("<details>") == text(notebook).count("</details>")
+    waiting = False
+    for cell in code(notebook):
+        asks = GUESS.search(cell.source) is not None
+        assert not (asks and waiting), "a prediction is asked for, and the one before was never answered"
+        if "reveal(my_guess" in cell.source:
+            assert waiting, cell.source
+            (result,) = (output for output in cell.outputs if output.output_type == "execute_result")
+            assert result.data["text/html"].startswith("<details><summary>")
+            waiting = False
+        waiting |= asks
+    assert not waiting
+
+
+@each
+def test_every_picture_has_a_description(path):
+    for cell in code(read(path)):
+        for output in cell.outputs:
+            for kind in {"image/png", "image/jpeg"} & output.get("data", {}).keys():
+                assert len(output.metadata.get(kind, {}).get("alt", "")) > 40, cell.source
+
+
+def test_terms_of_the_glossary_are_linked_where_they_appear_first():
+    terms = re.findall(r"^#### (.+)$", prose(read(START)), re.M)
+    assert len(terms) == 10
+    later = [cell.source for path in WALKTHROUGH[1:] for cell in read(path).cells if cell.cell_type == "markdown"]
+    for term in terms:
+        first = next(
+            source for source in later if re.search(WRITTEN.get(term, term), re.sub(r"\]\(.*?\)", "]", source))
+        )
+        assert f"({START.name}#{term.replace(' ', '-')})" in first, (term, first[:200])
 
 
 @each

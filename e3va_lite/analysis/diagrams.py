@@ -26,6 +26,7 @@ from .plots import COLOURS, HIGHWAY
 
 SWINS = (SwinTransformer, SwinTransformerV2)
 EMBED = 3.0  # where the patch embedding stands, and the highway begins
+BARS = "a bar is as long as its longest path"
 
 
 def save(folder: Path, methods: Iterable[str], name: str, size: tuple[int, int] = (64, 64)) -> None:
@@ -102,6 +103,7 @@ def _blocks(title: str, backbones: dict[str, nn.Module], images: Tensor, stage: 
     note = f"the last block of stage {stage}; {_note(backbones, images)}"
     figure, axes = canvas(title, note, max(sum(widths), 14) + 0.4, 15.0)
     axes.text(0.6, 0.6, f"(11)  {equations(mathtext=True)['(11) corrected']};  $m$ counts the others", color=NOTE)
+    axes.text(0.6, 1.2, BARS, fontsize=9, color=NOTE)
     left = 0.4
     for (label, backbone), width in zip(backbones.items(), widths, strict=True):
         found = traces[label]
@@ -119,8 +121,9 @@ def _blocks(title: str, backbones: dict[str, nn.Module], images: Tensor, stage: 
         ways = "no adapters" if not block.m else f"m = {block.m[0]} to adapter 1, {block.m[1]} to adapter 2"
         kept = f"{block.bytes_on_path / 2**10:,.0f} KiB kept for this block"
         length = found.longest_path_per_stage[stage - 1]
-        picture.text(middle, -0.6, f"{kept}\n{ways}\nlongest path in stage {stage}: {length} links")
-        picture.bar(middle - 2, -2.35, 4.0 * length / max(longest, 1))
+        picture.text(middle, -0.6, f"{kept}\n{ways}")
+        picture.text(middle, -1.65, f"longest path in stage {stage}: {length} links")
+        picture.bar(middle - 2, -2.25, 4.0 * length / max(longest, 1))
         left += width
     return figure
 
@@ -132,6 +135,7 @@ def _parts_of(found: Trace, block: Block) -> tuple[dict[str, bool], dict[str, bo
     names |= {f"a{number}": name for number, name in enumerate(block.adapters, start=1)}
     reached = {part: _has(found.modules, name) for part, name in names.items()}
     reached |= {"l": block.stream_reached, "e": block.input_reached, "e_out": block.links_from_loss is not None}
+    reached |= dict.fromkeys(("sum2", "l_out"), block.output_reached)
     trained = {part: _has(found.parameters, name) for part, name in names.items()}
     trained["attn"] |= _has(found.parameters, f"updates.{found.blocks.index(block)}")  # LoRA's, beside q and v
     return reached, trained
@@ -175,7 +179,6 @@ def _draw_stream(picture: Picture, adapters: str | None, attention: str, norms_l
         picture.line(source, f"sum{number}", (0, low), (-1.5, low), (-1.5, high))
         if adapters == "beside":
             picture.line(adapter, f"sum{number}", (2.6, high))
-    picture.reached["l_out"] = picture.reached["sum2"]
     picture.box("l_out", 0, 9.6, "$l_{i+1}$", 0.9, tensor=True)
     picture.line("sum2", "l_out")
 
@@ -222,7 +225,7 @@ def figure1(backbones: dict[str, nn.Module], images: Tensor) -> Figure:
     longest = max(found.longest_path for found in traces.values())
     heights = [7.9 if isinstance(backbone, E3VA) else 5.6 for backbone in backbones.values()]
     title = "The whole network: the gradient's path back from the loss"
-    figure, axes = canvas(title, _note(backbones, images), 26.4, sum(heights), 0.46)
+    figure, axes = canvas(title, f"{_note(backbones, images)}; {BARS}", 26.4, sum(heights), 0.46)
     bottom = sum(heights)
     for (label, backbone), height in zip(backbones.items(), heights, strict=True):
         bottom -= height
@@ -231,8 +234,8 @@ def figure1(backbones: dict[str, nn.Module], images: Tensor) -> Figure:
         _draw_network(picture, backbone, _stage, stage_width=2.0, road=2.5 if isinstance(backbone, E3VA) else 0)
         picture.text(0, height - 1.75, label, fontsize=12, color=INK, ha="left", va="baseline")
         numbers = (
-            f"{trainable_parameters(backbone) / 1e6:.2f} M trained",
             f"longest path {found.longest_path} links",
+            f"{trainable_parameters(backbone) / 1e6:.2f} M trained",
             f"{found.backbone_activations_reached} outputs of the backbone passed",
             f"{found.bytes_on_path / 2**20:.1f} MiB kept",
         )

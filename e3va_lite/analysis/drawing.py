@@ -55,8 +55,8 @@ class Picture:
         self.axes.text(x, y, text, ha="center", va="center", fontsize=9, color=INK, zorder=5, linespacing=1.15)
 
     def plus(self, name: str, x: float, y: float, *sources: str) -> None:
-        """A sum: the gradient arrives if it goes on to one of the sources."""
-        passed = self.reached[name] = any(self.reached[source] for source in sources)
+        """A sum: the gradient arrives if it goes on to one of the sources, unless ``reached`` says something else."""
+        passed = self.reached.setdefault(name, any(self.reached[source] for source in sources))
         x, y, radius = self.x + x, self.y + y, 0.22
         self.parts[name] = (x, y, radius, radius)
         self.axes.add_patch(Circle((x, y), radius, facecolor="white", gid=name, zorder=3, **_outline(passed)))

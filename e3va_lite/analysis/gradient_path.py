@@ -48,7 +48,10 @@ class Block:
         adapters: Names of the block's adapters in the model.
         input_reached: Whether the gradient goes on to the block's input (of the highway, for E3VA).
         stream_reached: Whether it goes on to the input of the pretrained block.
-        bytes_on_path: What autograd kept when the block ran; with checkpointing its input alone is kept, beforehand.
+        output_reached: Whether it arrives at the output of the pretrained block: something behind the block uses that,
+            and the loss depends on it.
+        bytes_on_path: What autograd kept when the block ran, the pretrained block and the adapters; with checkpointing
+            its input alone is kept, beforehand.
     """
 
     stage: int
@@ -58,6 +61,7 @@ class Block:
     adapters: tuple[str, ...]
     input_reached: bool
     stream_reached: bool
+    output_reached: bool
     bytes_on_path: int
 
 
@@ -211,12 +215,16 @@ def first_layer(block: nn.Module) -> nn.Module:
 
 @dataclass
 class _Call:
-    """A block that ran: the graph nodes of its input, the stream's input and its output, its adapters and bytes."""
+    """A block that ran: graph nodes (of its input, its output, the stream's input, the taps), its adapters and bytes.
+
+    There are taps only on a highway: elsewhere the pretrained block's output is the block's.
+    """
 
     adapters: tuple[nn.Module, ...]
     input: object
     output: object
     stream: object
+    taps: tuple[object, ...]
     bytes: int
 
 
@@ -238,23 +246,27 @@ def _watched(backbone: ThroughBackbone | E3VA | None, saved: SavedBytes) -> Iter
     if backbone is None:
         yield calls
         return
-    name, first = ("join", 0) if isinstance(backbone, E3VA) else ("run_block", 1)  # run_block(block, x, *adapters)
+    # join(e, f1, f2, *adapters) and run_block(block, x, *adapters)
+    name, first = ("join", 0) if isinstance(backbone, E3VA) else ("run_block", 1)
     inner = getattr(backbone, name)
-    streams = []
+    streams = []  # where each pretrained block starts, and what was kept before: it runs before join is called
 
     def watched(*args: object) -> Tensor:
-        before = saved.total
         output = inner(*args)
+        stream, before = streams[-1]
+        taps = tuple(arg.grad_fn for arg in args[first + 1 :] if isinstance(arg, Tensor))
         adapters = tuple(arg for arg in args[first + 1 :] if isinstance(arg, nn.Module))
-        calls.append(_Call(adapters, args[first].grad_fn, output.grad_fn, streams[-1], saved.total - before))
+        calls.append(_Call(adapters, args[first].grad_fn, output.grad_fn, stream, taps, saved.total - before))
         return output
+
+    def start(module: nn.Module, args: tuple) -> None:
+        streams.append((args[0].grad_fn, saved.total))
 
     with ExitStack() as changed:
         changed.callback(setattr, backbone, name, inner)
         setattr(backbone, name, watched)
         for block in (block for stage in backbone.backbone.layers for block in stage.blocks):
-            hook = first_layer(block).register_forward_pre_hook(lambda module, args: streams.append(args[0].grad_fn))
-            changed.enter_context(hook)
+            changed.enter_context(first_layer(block).register_forward_pre_hook(start))
         yield calls
 
 
@@ -288,7 +300,23 @@ def _per_stage(
                     adapters=adapters,
                     input_reached=call.input in from_loss,
                     stream_reached=call.stream in from_loss,
+                    output_reached=_goes_on(call, from_loss),
                     bytes_on_path=call.bytes,
                 )
             )
     return per_stage, blocks
+
+
+def _goes_on(call: _Call, from_loss: dict[object, int]) -> bool:
+    """Whether the loss depends on the output of the pretrained block.
+
+    On a highway that output is not seen, for nobody is handed it. But it is computed from the last tap: whatever the
+    gradient passes right above that tap, and is no part of the way from the highway's output to it, is the stream.
+    """
+    if not call.taps:
+        return call.output in from_loss
+    tap = call.taps[-1]
+    if tap is None or tap not in from_loss:
+        return False
+    beside = set(walk(call.output, frozenset({call.input, *call.taps}))) if call.output is not None else set()
+    return any(tap in next_nodes(node) for node in from_loss.keys() - beside)

@@ -191,7 +191,10 @@ BAD = {
     "the card": (["fit", "--recipe", "voc-nano", "--gpu", "1080"], "did you mean 1080ti"),
     "nothing": (["fit", "--recipe", "voc-nano", "--gpu", "0GB"], "unknown card or memory '0GB'"),
     "the device": (["memory", "--recipe", "voc-nano", "--device", "cuda"], "this machine has no such device"),
-    "a dry device": (["memory", "--recipe", "voc-nano", "--device", "cuda", "--dry-run"], "this machine has no such device"),
+    "a dry device": (
+        ["memory", "--recipe", "voc-nano", "--device", "cuda", "--dry-run"],
+        "this machine has no such device",
+    ),
     "the method": (["memory", "--recipe", "voc-nano", "--methods", "e4va", "--dry-run"], "did you mean e3va"),
     "the precision": (["time", "--recipe", "voc-nano", "--precision", "float8"], "did you mean"),
     "the option": (["time", "--recipe", "voc-nano", "--methods", "fixed:rank=2"], "option of method fixed 'rank'"),

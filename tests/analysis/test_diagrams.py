@@ -16,6 +16,7 @@ from e3va_lite.analysis import diagrams
 from e3va_lite.analysis.drawing import FORWARD, GRADIENT, TRAINED
 from e3va_lite.analysis.gradient_path import trace
 from e3va_lite.analysis.gradient_path_report import on_meta
+from tests.analysis.test_gradient_path import leak_into_stage_4
 
 pytestmark = pytest.mark.filterwarnings("error", "ignore:rank=")
 NAME, IMAGE = "swin_nano", torch.empty(1, 3, 64, 64, device="meta")
@@ -200,6 +201,23 @@ def test_a_leak_is_seen(monkeypatch):
     parts = shapes(diagrams.figure5({"": live}, IMAGE))
     assert travelled(parts["attn"]) and travelled(parts["l"]) and travelled(parts["attn>a1"])
     assert travelled(shapes(diagrams.figure1({"": live}, IMAGE))["embed"])
+
+
+def test_the_stream_of_a_leak_is_coloured_as_far_as_the_loss_depends_on_it():
+    """Stage 4's stream starts from the highway: its last block's output is used by nobody."""
+    live = leak_into_stage_4(backbone("e3va"))
+    figure = diagrams.figure5({"": live}, IMAGE, stage=4)
+    parts = shapes(figure)
+    assert travelled(parts["l"]) and travelled(parts["mlp"]) and travelled(parts["mlp>a2"])
+    assert not travelled(parts["l_out"]) and not travelled(parts["sum2"]) and not travelled(parts["mlp>sum2"])
+    kept = trace(live, IMAGE).blocks[-1].bytes_on_path
+    assert any(f"{kept / 1024:,.0f} KiB kept" in text.get_text() for text in figure.findobj(Text))
+
+
+@pytest.mark.parametrize("draw", [diagrams.figure1, diagrams.figure5])
+def test_a_bar_says_what_it_is(draw):
+    texts = " ".join(text.get_text() for text in draw({"full": backbone("full")}, IMAGE).findobj(Text))
+    assert diagrams.BARS in texts and "longest path" in texts
 
 
 def test_the_network_is_coloured_as_it_is_traced():

@@ -1,5 +1,7 @@
 """Lengths of gradient paths: counted by hand where that can be done, and as properties of every method."""
 
+import types
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from e3va_lite import METHODS, InputError, build_backbone
 from e3va_lite.analysis.gradient_path import changes, longest_links, trace
 from e3va_lite.analysis.isolation import random_functional, walk
-from e3va_lite.backbones.swin import NANO
+from e3va_lite.backbones.swin import NANO, embed, f_p1, f_p2
+from e3va_lite.highway import STRUCTURES
 from tests.analysis.test_isolation import leaky
 from tests.methods.test_registry import FAMILY
 
@@ -303,6 +306,46 @@ def test_blocks_keep_what_the_model_keeps(images, device):
     for method in ("full", "adapter", "e3va"):
         found = trace(build_backbone(method, "swin_nano").to(device), images)
         assert 0.8 * found.bytes_on_path < sum(block.bytes_on_path for block in found.blocks) < found.bytes_on_path
+
+
+def leak_into_stage_4(highway):
+    """The literal equations, but the stream of stage 4 starts from the highway."""
+
+    def reference(self, images):
+        l = e = embed(self.backbone, images)
+        maps = {}
+        for index, (stage, adapters) in enumerate(zip(self.backbone.layers, self.adapters, strict=True)):
+            e, l = stage.downsample(e), stage.downsample(l)
+            for block, (a1, a2) in zip(stage.blocks, adapters, strict=True):
+                f1 = f_p1(block, l)
+                f2 = f_p2(block, l + f1)
+                l = l + f1 + f2
+                e = self.join(e, f1, f2, a1, a2)
+            l = e if index == 2 else l
+            maps[index + 1] = e
+        return self.norms(maps)
+
+    highway.reference = types.MethodType(reference, highway)
+    return highway
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_a_leak_keeps_what_the_pretrained_blocks_keep(structure, images, device):
+    """Its bytes are counted although the pretrained block runs before the highway does anything, and the way that the
+    gradient takes through the stream is known: the last block's output is used by nobody."""
+    plain = build_backbone("e3va", "swin_nano", structure=structure).to(device)
+    tight, leak = trace(plain, images), trace(leak_into_stage_4(plain), images)
+    assert not any(block.output_reached for block in tight.blocks)
+    assert [block.output_reached for block in leak.blocks] == [False] * 6 + [True, False]
+    assert [block.bytes_on_path for block in leak.blocks[:6]] == [block.bytes_on_path for block in tight.blocks[:6]]
+    kept = sum(block.bytes_on_path for block in leak.blocks) - sum(block.bytes_on_path for block in tight.blocks)
+    assert 0.9 * kept < leak.bytes_on_path - tight.bytes_on_path < 1.1 * kept  # a reduction of the stream, too
+    assert leak.blocks[-1].bytes_on_path > 4 * tight.blocks[-1].bytes_on_path
+
+
+def test_the_output_of_a_block_inside_the_backbone_is_the_blocks_own(images, device):
+    found = trace(build_backbone("partial1", "swin_nano").to(device), images)
+    assert [block.output_reached for block in found.blocks] == [False] * 7 + [True]
 
 
 def test_checkpointing_keeps_less_of_the_same_graph(images, device):

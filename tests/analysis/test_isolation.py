@@ -394,3 +394,14 @@ def test_what_is_passed_by_design_has_to_be_declared(model, images, monkeypatch)
     monkeypatch.setattr(type(model), "passed_by_design", [])
     findings = reached_by_graph(model.train(), (images,), model.backbone, random_functional)
     assert "the graph passes module backbone.layers.1.downsample" in findings
+    with pytest.raises(IsolationError) as error:
+        assert_isolated(model, images)
+    assert len(str(error.value).splitlines()) == 17  # a headline, fifteen findings, and what to do about them
+    model.passed_by_design = eval(str(error.value).split("self.passed_by_design = ")[1], {"self": model})
+    assert_isolated(model, images)
+
+
+def test_a_leak_is_no_reason_to_declare_anything(model, images):
+    with pytest.raises(IsolationError) as error:
+        assert_isolated(leaky(model, guard=False, into_stream=True), images)
+    assert "self.passed_by_design" not in str(error.value)

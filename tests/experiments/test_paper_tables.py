@@ -20,6 +20,7 @@ from e3va_lite.experiments.paper_tables import (
     as_text,
     paper_tables,
     printed,
+    printed_value,
 )
 from e3va_lite.recipes.schema import load_recipe
 from e3va_lite.training.engine import machine
@@ -73,6 +74,11 @@ def test_what_is_printed_agrees_with_the_abstract():
     ]
     assert 100 * sum(memory) / 2 == pytest.approx(62.2, abs=0.06)
     assert 100 * sum(hours) / 3 == pytest.approx(26.2, abs=0.06)
+
+
+def test_the_speed_of_table_5_is_printed_for_stacked_adapters_alone():
+    rows = {row: printed_value("table5", "batches_per_second", row) for row in ("standard", "stacked", "parallel")}
+    assert rows == {"standard": None, "stacked": 8.2, "parallel": None}
 
 
 def printed_peaks() -> dict:
