@@ -15,7 +15,7 @@ c.CourseDirectory.course_id = "e3va"
 c.ClearSolutions.code_stub = {"python": '# YOUR CODE HERE\nraise NotImplementedError("this task has no answer yet")'}
 c.ExecutePreprocessor.timeout = 300  # seconds that one cell may take
 c.ExecutePreprocessor.startup_timeout = 120
-guard = str(Path(__file__).with_name("guard.py"))
+guard = str(Path(__file__).with_name("guard.py").resolve(strict=True))
 c.Execute.extra_arguments = [f"--IPKernelApp.exec_lines=import runpy; runpy.run_path({guard!r}, run_name='guard')"]
 
 # What zip_collect reads off the names of downloaded files: STUDENT_..._ASSIGNMENT.ipynb, no underscore in STUDENT.
