@@ -381,7 +381,7 @@ def compare(methods, seeds, root, recipe, settings, data, out, mode, device, ove
     from .experiments import compare as library
 
     table, figure, partial = (out.with_name(out.name + ending) for ending in (".json", ".png", ".partial"))
-    for file in (table, figure, partial):
+    for file in (table, figure):
         check_place(file, overwrite)
     check_place(data, overwrite=True, folder=True)
     loaded = _recipe(recipe or ("voc-nano" if root else "shapes"), settings)
