@@ -14,6 +14,8 @@ from itertools import combinations
 from numbers import Real
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 from ..errors import InputError
 from .memory import Ledger
 
@@ -141,16 +143,21 @@ def kinds(ledger: Ledger, per: float = 2**20) -> dict[str, float]:
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
-def show(figure: object, alt: str) -> None:
-    """Display a figure with a description for those who cannot see it: the image's ``alt`` text in an exported page.
+def show(picture: object, alt: str) -> None:
+    """Display a picture with a description for those who cannot see it.
+
+    The description is the image's ``alt`` text where a page's template knows one (nbconvert's classic one does), and
+    stands below the picture, folded, everywhere.
 
     Args:
-        figure: A matplotlib figure.
+        picture: A matplotlib figure, or an ``IPython.display.Image`` of a JPEG.
         alt: What there is to be seen, in a sentence or two.
     """
-    from IPython.display import display
+    from IPython.display import HTML, display
 
-    display(figure, metadata={"image/png": {"alt": alt}})
+    kind = "image/png" if isinstance(picture, Figure) else "image/jpeg"
+    display(picture, metadata={kind: {"alt": alt}})
+    display(HTML(f"<details><summary>Description of the picture</summary><p>{escape(alt)}</p></details>"))
 
 
 def results_folder() -> Path:

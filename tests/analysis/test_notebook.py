@@ -101,8 +101,10 @@ def test_a_figure_has_a_description():
     shell = pytest.importorskip("IPython.core.interactiveshell").InteractiveShell.instance()
     with pytest.importorskip("IPython.utils.capture").capture_output() as captured:
         shell.display_formatter.formatters["image/png"].for_type(Figure, lambda figure: b"png")
-        show(Figure(), "A line that rises.")
-    assert [output.metadata for output in captured.outputs] == [{"image/png": {"alt": "A line that rises."}}]
+        show(Figure(), "A line that rises above < 3.")
+    picture, described = captured.outputs
+    assert picture.metadata == {"image/png": {"alt": "A line that rises above < 3."}}
+    assert "<details>" in described.data["text/html"] and "above &lt; 3." in described.data["text/html"]
 
 
 def test_results_are_found_from_any_folder_of_the_repository(monkeypatch, tmp_path):
