@@ -74,9 +74,11 @@ def from_pretrained(model: nn.Module, folder: str | Path, backbone: str | None =
     name, host, kind = find(model, backbone)
     stages, numbers = kind.take_apart(host)
     _check_backbone(folder, config, kind, numbers, fingerprint(stages))
-    others = _rest_of(folder, model, name) if rest else {}
+    tensors, _ = checkpoint.read(folder / ADAPTERS)
+    others = _rest_of(folder, model) if rest else {}
     tuning = _settle(model, name, kind, stages, numbers, config["method"], config["options"])
-    tuning._load(folder, FIRST)
+    for key, value in _fitting(folder, tensors, live := tuning._values()).items():
+        live[key].copy_(value)
     model.load_state_dict(others, strict=False)
     return tuning
 
@@ -224,18 +226,13 @@ class Tuning:
         with self.disable():
             digest = fingerprint(self.tuned.backbone)
         _check_backbone(folder, config, type(self.host), tuple(mine["stages"]), digest)
-        values = _read_adapters(folder, self._values())
+        values = _fitting(folder, checkpoint.read(folder / ADAPTERS)[0], self._values())
         self.add_adapter(name)
         for key, value in values.items():
             self.bank.kept[name][_slashed(key)].data.copy_(value)
 
     def _values(self) -> dict[str, Tensor]:
         return {name: self.tuned.get_parameter(name).detach() for name in self.bank.names}
-
-    def _load(self, folder: Path, name: str) -> None:
-        live = self._values()
-        for key, value in _read_adapters(folder, live).items():
-            live[key].copy_(value)
 
 
 class AdapterBank(nn.Module):
@@ -321,7 +318,7 @@ def _others(model: nn.Module, name: str) -> dict[str, Tensor]:
     return {key: value.clone() for key, value in kept.items() if not key.startswith(inside)}  # tied ones apart
 
 
-def _rest_of(folder: Path, model: nn.Module, name: str) -> dict[str, Tensor]:
+def _rest_of(folder: Path, model: nn.Module) -> dict[str, Tensor]:
     """The tensors of a folder for the rest of a model, checked against it."""
     if not (folder / REST).exists():
         return {}
@@ -348,8 +345,8 @@ def _read_config(folder: Path) -> dict:
     return config
 
 
-def _read_adapters(folder: Path, wanted: dict[str, Tensor]) -> dict[str, Tensor]:
-    tensors, _ = checkpoint.read(folder / ADAPTERS)
+def _fitting(folder: Path, tensors: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, if they have the names and shapes that are wanted."""
     for key in sorted({*tensors, *wanted}):
         if key not in tensors or key not in wanted or tensors[key].shape != wanted[key].shape:
             raise InputError(f"'{folder}' does not fit this backbone, first at '{key}'.")
