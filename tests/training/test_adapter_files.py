@@ -56,7 +56,7 @@ def test_what_cannot_be_saved_or_loaded(tmp_path):
     save_adapters(moved(), path)
     with pytest.raises(InputError, match="exists"):
         save_adapters(moved(), path)
-    with pytest.raises(InputError, match="other pretrained weights"):
+    with pytest.raises(InputError, match="other pretrained weights of swin_nano"):
         load_backbone(path, pretrained=False)
     checkpoint.write(path, {}, {})
     with pytest.raises(InputError, match="holds no adapters"):
