@@ -5,8 +5,8 @@ from pathlib import Path
 
 from nbconvert.exporters import HTMLExporter
 from nbconvert.filters import strip_ansi
-from nbconvert.preprocessors import CSSHTMLHeaderPreprocessor, Preprocessor
-from nbgrader.preprocessors import ClearHiddenTests, GetGrades
+from nbconvert.preprocessors import CSSHTMLHeaderPreprocessor
+from nbgrader.preprocessors import ClearHiddenTests, GetGrades, NbGraderPreprocessor
 from nbgrader.utils import is_grade
 
 c = get_config()  # noqa: F821, nbgrader defines it
@@ -22,7 +22,7 @@ c.Execute.extra_arguments = [f"--IPKernelApp.exec_lines=import runpy; runpy.run_
 c.FileNameCollectorPlugin.named_regexp = r".*?(?P<student_id>[^_/\\]+)_(?:[^/\\]*_)?(?P<file_id>\d_[a-z_]+\.ipynb)$"
 
 
-class ClearTracebacks(Preprocessor):
+class ClearTracebacks(NbGraderPreprocessor):
     """Leaves out what a traceback quotes of the test cells: hidden tests stand there, and answers in them.
 
     What is quoted of the student's own cells stays.
