@@ -9,8 +9,8 @@ import e3va_lite
 from e3va_lite.cli import cli
 
 PACKAGE = (
-    "E3VA IsolationError InputError LowRankAdapter METHODS StandardAdapter assert_isolated build_backbone ledger "
-    "load_adapters trace"
+    "E3VA IsolationError InputError LowRankAdapter METHODS StandardAdapter Tuning assert_isolated build_backbone "
+    "from_pretrained ledger load_adapters load_backbone save_adapters trace tune"
 )
 
 #: What README.md, data/README.md, the notebooks and the course take from the modules themselves.
