@@ -20,6 +20,7 @@ MODULES = {
     "analysis.diagrams": "figure1 figure2 figure3 figure4 figure5 lengths",
     "analysis.fit_on_gpu": "CARDS FIRST dry_peak fit_table",
     "analysis.gradient_path_report": "on_meta",
+    "analysis.leaks": "KINDS PLACES STAGES answer confirm findings suspect",
     "analysis.isolation": "random_functional reached_by_graph walk",
     "analysis.memory": "CATEGORIES",
     "analysis.notebook": "kinds results_folder reveal show",
