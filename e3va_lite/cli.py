@@ -133,7 +133,7 @@ def training_step(command: Callable) -> Callable:
 @JSON
 def params(backbone, as_json) -> None:
     """Trainable parameters of all twelve methods, beside the paper's."""
-    from .analysis.text import text_table
+    from .analysis.text_table import text_table
     from .experiments.paper_tables import parameter_table
 
     def as_text(table: dict) -> str:
@@ -410,7 +410,7 @@ def reproduce(parts, quick, data, out, jobs, costs, device) -> None:
     came out.
     """
     from .experiments.jsonl import append_line, read_lines
-    from .experiments.miniature import PARTS, QUICK, measure_costs, run_experiment
+    from .experiments.reproduce import PARTS, QUICK, measure_costs, run_experiment
 
     for part in parts:
         if part not in PARTS:

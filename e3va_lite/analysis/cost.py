@@ -18,7 +18,7 @@ from ..methods.registry import METHODS, options_of, parse_method
 from ..recipes.schema import Recipe
 from ..training.engine import machine
 from .memory import CATEGORIES, PHASES, Ledger
-from .text import percent, setting, text_table
+from .text_table import percent, setting, text_table
 from .training_step import Step, build_step
 
 MIB = 2**20

@@ -15,7 +15,7 @@ from ..errors import unknown
 from ..fused import frozen_stream
 from ..recipes.schema import Recipe
 from .cost import memory_of, with_method
-from .text import text_table
+from .text_table import text_table
 
 GIB, MIB = 2**30, 2**20
 

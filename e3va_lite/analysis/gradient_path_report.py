@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..backbones.base import trainable_parameters
 from ..methods.registry import build_backbone, parse_method
 from .gradient_path import trace
-from .text import text_table
+from .text_table import text_table
 
 METHODS = ("full", "adapter", "e3va")  # the three of Figures 1 and 5
 FIGURES = ("figure1.png", "figure2.png", "figure3.png", "figure4.png", "figure5.png", "lengths.png")

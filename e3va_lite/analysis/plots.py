@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from ..methods.registry import METHODS
 from .memory import CATEGORIES, PHASES, Ledger
-from .text import setting
+from .text_table import setting
 
 #: The last for all that train inside the backbone.
 COLOURS = {"full": "#8c8c8c", "from scratch": "#8c8c8c", "fixed": "#7f9fcb", "adapter": "#e0a458"}

@@ -26,8 +26,8 @@ from ..errors import InputError
 from ..recipes.schema import ADE20KRecipe
 from .check import SMALLEST, UNREADABLE, BadFile, Contents, Findings, Problem, Walk, bad_file
 from .images import SUFFIXES, Limits, files_by_name, folders_of, harmless_findings, read_header, read_image, read_list
-from .mmseg import import_mmseg
-from .values import whole
+from .mmseg_import import import_mmseg
+from .parsing import whole
 
 mmseg = import_mmseg()
 

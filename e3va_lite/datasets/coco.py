@@ -37,7 +37,7 @@ from .detection import (
 )
 from .detection import find_problems as find_problems_of
 from .images import LIMITS, SUFFIXES, Limits
-from .values import number, truth, whole
+from .parsing import number, truth, whole
 
 FARTHEST_POINT = 1e5  # pixels: pycocotools walks along a polygon's sides, however far away they are
 LARGEST_SIDE = 65535  # pixels, of a JPEG

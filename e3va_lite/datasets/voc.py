@@ -20,7 +20,7 @@ from .check import BadFile, Findings, bad_file, repeated
 from .detection import RELATIVE, RESIZED, SWAPPED, ZERO, AnnotatedImage, ObjectDataset, ObjectWalk, Thing, is_relative
 from .detection import find_problems as find_problems_of
 from .images import LIMITS, Limits, files_by_name, folders_of, read_header, read_list
-from .values import number, truth
+from .parsing import number, truth
 
 VOC_CLASSES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ..analysis.cost import interleaved_seconds, median_share, share, with_method
-from ..analysis.text import text_table
+from ..analysis.text_table import text_table
 from ..analysis.training_step import Step
 from ..backbones.base import trainable_parameters
 from ..backbones.weights import fingerprint

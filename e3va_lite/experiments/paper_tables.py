@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from ..analysis.fit_on_gpu import CARDS, GIB, MIB, dry_peak, in_parallel
-from ..analysis.text import text_table
+from ..analysis.text_table import text_table
 from ..backbones.base import trainable_parameters
 from ..methods.registry import METHODS, build_backbone
 from ..recipes.schema import load_recipe

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..analysis.text import text_table
+from ..analysis.text_table import text_table
 from ..datasets.photographs import Photographs, read_photographs
 from ..errors import InputError
 from .pretrain_photographs import Teacher, normalise

@@ -1,4 +1,4 @@
-"""What the runs of :mod:`e3va_lite.experiments.miniature` say: the paper's tables, its claims with a verdict each.
+"""What the runs of :mod:`e3va_lite.experiments.reproduce` say: the paper's tables, its claims with a verdict each.
 
 Everything is computed from the lines of finished runs. Two points (.02) of AP or mIoU are the margin below which two
 methods count as near each other; the p-values of all claims are corrected together (Holm), and so are those of
@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..analysis.plots import neighbours_figure, trade_offs
-from ..analysis.text import percent
+from ..analysis.text_table import percent
 from ..recipes.schema import load_recipe
-from .miniature import ABLATIONS, ARMS, CONTROLS, LARGER, METHODS, NEIGHBOURS, PAPERS_WIDTHS, STUDIES, chosen_rate
 from .paper_tables import printed_value
+from .reproduce import ABLATIONS, ARMS, CONTROLS, LARGER, METHODS, NEIGHBOURS, PAPERS_WIDTHS, STUDIES, chosen_rate
 from .significance import LEVEL, Difference, difference, holm, interval
 
 NEAR, ROOM = 0.02, 0.05

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..datasets.ade20k import VOID, MaskFolder
 from ..datasets.ade20k import find_problems as check  # noqa: F401  the task's contract
-from ..datasets.mmseg import import_mmseg
+from ..datasets.mmseg_import import import_mmseg
 from ..recipes.schema import ADE20KRecipe
 from .upernet import build_upernet
 

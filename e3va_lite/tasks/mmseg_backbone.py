@@ -20,7 +20,7 @@ The entries beside ``type`` are the arguments of :func:`e3va_lite.build_backbone
 
 from torch import Tensor, nn
 
-from ..datasets.mmseg import import_mmseg
+from ..datasets.mmseg_import import import_mmseg
 from ..methods.registry import build_backbone
 from .detection import check_maps
 

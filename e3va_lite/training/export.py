@@ -9,7 +9,7 @@ from ..errors import InputError
 from ..files import check_place
 from ..recipes.schema import recipe_from
 from . import checkpoint
-from .trained import Trained, check_weights, open_run, rebuild
+from .trained_model import Trained, check_weights, open_run, rebuild
 
 BODY = "backbone.body."  # where every task's model has its backbone
 
@@ -22,7 +22,7 @@ def export(run: Path, path: Path, backbone_only: bool = False, best: bool = Fals
         path: A new file.
         backbone_only: Only the trained parameters of the backbone and its adapters, without neck and head.
         best: Take the best checkpoint, not the last one.
-        weights: See :func:`e3va_lite.training.trained.open_run`.
+        weights: See :func:`e3va_lite.training.trained_model.open_run`.
 
     Raises:
         InputError: If the file exists or has another ending, or for a folder that is no run.
@@ -87,6 +87,6 @@ def load_exported(path: str | Path, weights: str | None = None) -> Trained:
 
 def open_trained(path: Path, best: bool = False, weights: str | None = None) -> Trained:
     """The model of a run's folder or of an exported file; see :func:`load_exported` and
-    :func:`e3va_lite.training.trained.open_run`.
+    :func:`e3va_lite.training.trained_model.open_run`.
     """
     return load_exported(path, weights) if path.is_file() else open_run(path, best, weights)

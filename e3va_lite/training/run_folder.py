@@ -13,7 +13,7 @@ from ..errors import InputError
 from ..files import check_place
 from ..recipes.schema import Recipe, load_recipe
 from .distributed import rank
-from .trained import RECIPE
+from .trained_model import RECIPE
 
 RESULT, LOCK = "run.json", ".lock"
 LOCK_SECONDS = 10  # how long a run that is resumed waits for the image readers of a killed process to end

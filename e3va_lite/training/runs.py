@@ -34,7 +34,7 @@ from .distributed import barrier, mean, rank, say, world
 from .engine import Training, build_model, evaluate, fit, machine
 from .export import open_trained
 from .run_folder import RESULT, claimed, contents, deliberate_changes, differing
-from .trained import BEST, LAST, RECIPE, start_from
+from .trained_model import BEST, LAST, RECIPE, start_from
 
 LOSSES, BOARD = "losses.csv", "tensorboard"
 SAVE_SECONDS = 600  # the longest time between two checkpoints

@@ -13,7 +13,7 @@ from timm.models.swin_transformer import SwinTransformer
 from torch import nn
 
 from e3va_lite.backbones.weights import fingerprint, load_weights
-from e3va_lite.datasets.mmseg import import_mmseg
+from e3va_lite.datasets.mmseg_import import import_mmseg
 from e3va_lite.errors import InputError
 
 SMALL = {"embed_dim": 16, "depths": (2, 2, 2, 2), "num_heads": (1, 2, 4, 8), "window_size": 7}

@@ -19,7 +19,7 @@ from e3va_lite.cli import cli
 from e3va_lite.datasets.check import check_dataset
 from e3va_lite.datasets.coco import COCOInstances
 from e3va_lite.datasets.images import Limits, read_header, read_image
-from e3va_lite.datasets.values import number, truth, whole
+from e3va_lite.datasets.parsing import number, truth, whole
 from e3va_lite.datasets.voc import Folders, VOCDetection
 from e3va_lite.errors import InputError
 from e3va_lite.recipes.schema import load_recipe

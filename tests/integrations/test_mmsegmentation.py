@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import e3va_lite
-from e3va_lite.datasets.mmseg import import_mmseg
+from e3va_lite.datasets.mmseg_import import import_mmseg
 
 pytest.importorskip("cv2", exc_type=ImportError)
 pytest.importorskip("mmengine")

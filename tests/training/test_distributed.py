@@ -20,7 +20,7 @@ from e3va_lite.tasks.registry import task_module
 from e3va_lite.training import distributed
 from e3va_lite.training.engine import Training, build_model, evaluate, fit
 from e3va_lite.training.runs import train
-from e3va_lite.training.trained import open_run
+from e3va_lite.training.trained_model import open_run
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("one_thread")

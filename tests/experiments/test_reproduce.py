@@ -14,9 +14,9 @@ from e3va_lite import InputError
 from e3va_lite.analysis.plots import neighbours_figure
 from e3va_lite.backbones.base import trainable_parameters
 from e3va_lite.cli import cli
-from e3va_lite.experiments import miniature, report
+from e3va_lite.experiments import report, reproduce
 from e3va_lite.experiments.jsonl import read_lines
-from e3va_lite.experiments.miniature import (
+from e3va_lite.experiments.reproduce import (
     ARMS,
     CHOOSE_SEED,
     FIRST_RATES,
@@ -82,7 +82,7 @@ def test_then_the_seeds():
 
 
 def test_scenes_to_choose_on_are_no_test_scenes():
-    assert miniature.CHOOSE_SCENES != miniature.TEST_SCENES
+    assert reproduce.CHOOSE_SCENES != reproduce.TEST_SCENES
     assert CHOOSE_SEED not in range(max(seeds_of(*pair) for pairs in PARTS.values() for pair in pairs))
 
 
@@ -132,7 +132,7 @@ def test_the_neighbours_have_as_many_parameters(arm, option, near):
 
 def test_heads_learn_at_one_rate_in_all_arms_of_a_study():
     def rates(arm, lr):
-        recipe = miniature.Run("detection", arm, "test", lr, 0).recipe()
+        recipe = reproduce.Run("detection", arm, "test", lr, 0).recipe()
         return recipe.lr, recipe.head_lr
 
     heads = load_recipe("mini-detection").head_lr
@@ -152,12 +152,12 @@ def test_the_rate_of_heads_is_one_that_the_frozen_backbone_chooses(study):
 @pytest.fixture
 def tiny(monkeypatch):
     """The experiment with next to no images and steps."""
-    monkeypatch.setattr(miniature, "STUDIES", {"detection": miniature.Study("mini-detection", images=4, steps=1)})
+    monkeypatch.setattr(reproduce, "STUDIES", {"detection": reproduce.Study("mini-detection", images=4, steps=1)})
     sizes = {"TRAIN_IMAGES": 6, "TEST_IMAGES": 2, "CHOOSE_IMAGES": 2, "SEEDS": 2, "SEEDS_OF_CLAIMED": 2}
     for name, value in sizes.items():
-        monkeypatch.setattr(miniature, name, value)
-    monkeypatch.setattr(miniature, "RATES", (1e-3, 3e-3))
-    monkeypatch.setattr(miniature, "FIRST_RATES", (1e-3, 3e-3))
+        monkeypatch.setattr(reproduce, name, value)
+    monkeypatch.setattr(reproduce, "RATES", (1e-3, 3e-3))
+    monkeypatch.setattr(reproduce, "FIRST_RATES", (1e-3, 3e-3))
 
 
 def test_a_stopped_experiment_goes_on(tiny, tmp_path):
@@ -196,8 +196,8 @@ def test_no_run_outlives_the_experiment(tmp_path):
     for name, value in {"TRAIN_IMAGES": 4, "TEST_IMAGES": 1, "CHOOSE_IMAGES": 1}.items():
         words += [f"{name}={value}"]
     program = (
-        "import sys; from e3va_lite import cli; from e3va_lite.experiments import miniature\n"
-        "for word in sys.argv[9:]: name, value = word.split('='); setattr(miniature, name, int(value))\n"
+        "import sys; from e3va_lite import cli; from e3va_lite.experiments import reproduce\n"
+        "for word in sys.argv[9:]: name, value = word.split('='); setattr(reproduce, name, int(value))\n"
         "sys.argv[9:] = []; cli.main()"
     )
     command = subprocess.Popen([sys.executable, "-c", program, *words], stderr=subprocess.DEVNULL)
@@ -223,7 +223,7 @@ def _children(pid):
 
 def test_costs():
     arms = [("detection", arm) for arm in ("full", "fixed", "e3va", "chained")]
-    (found,) = miniature.measure_costs(arms, torch.device("cpu"), rounds=1)
+    (found,) = reproduce.measure_costs(arms, torch.device("cpu"), rounds=1)
     rows = {row["arm"]: row for row in found["rows"]}
     assert list(rows) == [arm for _, arm in arms] and rows["full"]["seconds_of_full"] == 1
     assert rows["fixed"]["peak"] < rows["e3va"]["peak"] < rows["chained"]["peak"] < rows["full"]["peak"]
@@ -231,11 +231,11 @@ def test_costs():
 
 
 def test_a_run_that_diverges_is_a_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(miniature, "TRAIN_IMAGES", 4)
-    monkeypatch.setattr(miniature, "TEST_IMAGES", 1)
-    miniature.write_data(tmp_path, ["detection"])
-    recipe = miniature.Run("detection", "full", "test", 1e30, 0).recipe()
-    found = miniature.perform(miniature.replace(recipe, steps=3, clip=None), 4, "test", tmp_path, "cpu")
+    monkeypatch.setattr(reproduce, "TRAIN_IMAGES", 4)
+    monkeypatch.setattr(reproduce, "TEST_IMAGES", 1)
+    reproduce.write_data(tmp_path, ["detection"])
+    recipe = reproduce.Run("detection", "full", "test", 1e30, 0).recipe()
+    found = reproduce.perform(reproduce.replace(recipe, steps=3, clip=None), 4, "test", tmp_path, "cpu")
     assert (found["status"], found["score"]) == ("failed", 0.0) and "lower lr" in found["message"]
 
 
