@@ -12,7 +12,7 @@ if not importlib.util.find_spec("mmseg"):
 
 from e3va_lite import build_backbone
 from e3va_lite.backbones.swin import NANO, create_swin
-from e3va_lite.datasets import mmseg
+from e3va_lite.datasets import mmseg_import
 from e3va_lite.errors import InputError
 
 SIZES = [(224, 224), (256, 320), (200, 336), (333, 517)]
@@ -27,7 +27,7 @@ def official():
     one padded after it. The norms behind the stages stay as they are, since ours are new and not loaded.
     """
     shape = {name: value for name, value in NANO.items() if name != "weight_init"}  # the start does not matter here
-    backbones = mmseg.import_mmseg().models.backbones
+    backbones = mmseg_import.import_mmseg().models.backbones
     swin = backbones.SwinTransformer(pretrain_img_size=224, embed_dims=shape.pop("embed_dim"), **shape)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -80,7 +80,7 @@ def test_timms_own_forward_is_not(official, weights, size, agrees):
 
 
 def test_the_stand_ins_operators_say_what_is_wrong():
-    mmseg.import_mmseg()
+    mmseg_import.import_mmseg()
     from mmcv import _ext
 
     if getattr(_ext, "__file__", None):
@@ -103,6 +103,6 @@ def test_what_is_missing_is_named(monkeypatch, case):
     def refuse(name):
         raise error
 
-    monkeypatch.setattr(mmseg, "import_module", refuse)
+    monkeypatch.setattr(mmseg_import, "import_module", refuse)
     with pytest.raises(InputError, match=expected):
-        mmseg.import_mmseg()
+        mmseg_import.import_mmseg()

@@ -102,11 +102,14 @@ def test_tensorboard_gets_every_step_and_evaluation(run):
 def test_evaluation_comes_as_often_as_asked_and_the_best_is_kept(scenes, tmp_path, monkeypatch):
     metrics = iter([0.3, 0.5, 0.4, 0.2])
     monkeypatch.setattr("e3va_lite.training.runs.evaluate", lambda *_: {"ap50_11_point": next(metrics)})
-    from e3va_lite.training import runs, trained
+    from e3va_lite.training import runs, trained_model
 
     result = runs.train(scenes, small(epochs=4, eval_every=1), tmp_path / "run", CPU)
     assert [e["step"] for e in result["evaluations"]] == [2, 4, 6, 8]
-    assert trained.open_run(tmp_path / "run", best=True).step == 4 and trained.open_run(tmp_path / "run").step == 8
+    assert (
+        trained_model.open_run(tmp_path / "run", best=True).step == 4
+        and trained_model.open_run(tmp_path / "run").step == 8
+    )
     result = json.loads((tmp_path / "run/run.json").read_text())
     assert result["result"]["ap50_11_point"] == 0.2  # the last one; the best one is named, not passed off as it
 

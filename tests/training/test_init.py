@@ -8,7 +8,7 @@ import torch
 from e3va_lite import InputError
 from e3va_lite.datasets.shapes import write_scenes
 from e3va_lite.recipes.schema import load_recipe
-from e3va_lite.training import checkpoint, runs, trained
+from e3va_lite.training import checkpoint, runs, trained_model
 from e3va_lite.training.engine import build_model
 from e3va_lite.training.export import export
 
@@ -45,8 +45,8 @@ def test_other_classes_take_everything_but_the_classifier(exported, earlier, sce
     names = ["star", "crescent", "arrow"]
     model = build_model(small(), len(names))
     new = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    found = trained.start_from(model, source, names)
-    before = checkpoint.without_optimizer(checkpoint.read(earlier / trained.LAST)[0])
+    found = trained_model.start_from(model, source, names)
+    before = checkpoint.without_optimizer(checkpoint.read(earlier / trained_model.LAST)[0])
     classifier = {f"{CLASSIFIER}.weight", f"{CLASSIFIER}.bias"}
     assert found["not_taken"].keys() == classifier and found["new"] == []
     assert found["taken"] == len(before) - 2
@@ -58,7 +58,7 @@ def test_other_classes_take_everything_but_the_classifier(exported, earlier, sce
 def test_the_same_model_starts_where_the_earlier_one_ended(earlier, scenes, tmp_path, capsys):
     again = runs.train(scenes, small(steps=1, lr=1e-30), tmp_path / "run", CPU, init=earlier)
     assert again["init"]["from"] == str(earlier) and not again["init"]["not_taken"] and not again["init"]["new"]
-    a, b = (trained.open_run(folder).model.state_dict() for folder in (earlier, tmp_path / "run"))
+    a, b = (trained_model.open_run(folder).model.state_dict() for folder in (earlier, tmp_path / "run"))
     assert all(torch.allclose(a[name], b[name], atol=1e-20, rtol=0) for name in a)
     assert f"started from '{earlier}': {again['init']['taken']} tensors taken" in capsys.readouterr().err
 
@@ -76,7 +76,7 @@ def test_a_resumed_run_does_not_start_again(earlier, scenes, tmp_path):
     (tmp_path / "run" / runs.RESULT).unlink()
     result = runs.train(scenes, small(), tmp_path / "run", CPU, resume=True, init=earlier, changes=["steps"])
     assert result["steps"] == 2 and result["init"]["from"] == str(earlier)
-    first = trained.open_run(tmp_path / "run").step
+    first = trained_model.open_run(tmp_path / "run").step
     assert first == 2
 
 

@@ -18,7 +18,7 @@ import torch
 from e3va_lite import InputError
 from e3va_lite.datasets.shapes import write_scenes
 from e3va_lite.recipes.schema import load_recipe
-from e3va_lite.training import checkpoint, engine, run_folder, runs, trained
+from e3va_lite.training import checkpoint, engine, run_folder, runs, trained_model
 from e3va_lite.training.sampling import StepSampler
 
 from .test_runs import same_ending
@@ -69,7 +69,7 @@ def test_a_run_that_is_stopped_ends_its_step_and_goes_on_there(number, scenes, w
     folder = interrupted(scenes, tmp_path / "run", 3, number=number)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
     assert "the state after step 3 is saved: go on with --resume" in capsys.readouterr().err
-    assert trained.open_run(folder).step == 3
+    assert trained_model.open_run(folder).step == 3
     runs.train(scenes, small(), folder, CPU, resume=True)
     assert "resuming at step 3 of 6" in capsys.readouterr().err
     same_ending(folder, whole)
@@ -89,14 +89,14 @@ def test_ctrl_c_from_a_terminal_also_reaches_the_image_readers(scenes, tmp_path)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     error = process.communicate(timeout=60)[1]
     assert process.returncode == 130 and "Traceback" not in error and "go on with --resume" in error, error
-    assert trained.open_run(tmp_path / "run").step >= 3
+    assert trained_model.open_run(tmp_path / "run").step >= 3
 
 
 def test_a_signal_in_an_evaluation_stops_at_once_and_nothing_is_lost(scenes, whole, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(runs, "evaluate", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
         runs.train(scenes, small(), tmp_path / "run", CPU)
-    assert trained.open_run(tmp_path / "run").step == 6
+    assert trained_model.open_run(tmp_path / "run").step == 6
     runs.train(scenes, small(), tmp_path / "run", CPU, resume=True)
     same_ending(tmp_path / "run", whole)
 
@@ -111,7 +111,7 @@ def test_an_image_that_cannot_be_read_costs_nothing_that_was_computed(split, sav
     image.write_bytes(content[: len(content) // 2])
     with pytest.raises(InputError, match=name):
         runs.train(root, small(), tmp_path / "run", CPU)
-    assert trained.open_run(tmp_path / "run").step == saved
+    assert trained_model.open_run(tmp_path / "run").step == saved
     image.write_bytes(content)
     runs.train(root, small(), tmp_path / "run", CPU, resume=True)
     same_ending(tmp_path / "run", whole)
@@ -122,7 +122,7 @@ def test_a_checkpoint_is_written_by_time_too(scenes, tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "SAVE_SECONDS", 0)
     monkeypatch.setattr(checkpoint, "write", lambda path, tensors, about: saved.append((path.name, about["step"])))
     runs.train(scenes, small(steps=2), tmp_path / "run", CPU)
-    assert [step for name, step in saved if name == trained.LAST] == [1, 2]
+    assert [step for name, step in saved if name == trained_model.LAST] == [1, 2]
 
 
 def test_what_does_not_change_the_result_may_be_another(scenes, whole, tmp_path):
@@ -130,7 +130,7 @@ def test_what_does_not_change_the_result_may_be_another(scenes, whole, tmp_path)
     runs.train(scenes, small(workers=1, save_every=1, eval_every=4), folder, CPU, resume=True)
     result = json.loads((folder / run_folder.RESULT).read_text())
     assert [e["step"] for e in result["evaluations"]] == [4, 6] and result["bit_exact"]
-    a, b = (checkpoint.read(f / trained.LAST)[0] for f in (folder, whole))
+    a, b = (checkpoint.read(f / trained_model.LAST)[0] for f in (folder, whole))
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
@@ -141,7 +141,7 @@ def test_the_weights_file_may_have_moved_but_not_changed(scenes, tmp_path):
     folder = interrupted(scenes, tmp_path / "run", 2, small(weights=here))
     moved = str(Path(here).rename(tmp_path / "there.safetensors"))
     runs.train(scenes, small(weights=moved, steps=6), folder, CPU, resume=True)
-    assert trained.open_run(folder).recipe.weights == moved
+    assert trained_model.open_run(folder).recipe.weights == moved
     folder = interrupted(scenes, tmp_path / "other", 2, small(pretrained=False))
     with pytest.raises(InputError, match=r"the data, weights or processes .* have changed \(weights "):
         runs.train(scenes, small(pretrained=False, weights=moved), folder, CPU, resume=True)
@@ -156,7 +156,7 @@ def test_a_change_on_purpose_is_allowed_and_written_into_the_run(scenes, whole, 
     recipe = small(lr=1e-4)
     interrupted(scenes, folder, 5, recipe, resume=True, changes=["lr"])
     assert "changed from here on: lr 0.002 -> 0.0001" in capsys.readouterr().err
-    assert load_recipe(str(folder / trained.RECIPE)) == recipe
+    assert load_recipe(str(folder / trained_model.RECIPE)) == recipe
     runs.train(scenes, recipe, folder, CPU, resume=True)  # now it is the run's own
     result = json.loads((folder / run_folder.RESULT).read_text())
     assert result["bit_exact"] is False and result["changes"] == [{"after_step": 3, "lr": [0.002, 0.0001]}]
@@ -234,7 +234,7 @@ def test_overwrite_replaces_only_when_the_new_run_has_proved_that_it_can_start(b
         runs.train(scenes, recipe[breaks], folder, CPU, overwrite=True)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
     runs.train(scenes, small(steps=1), folder, CPU, overwrite=True)
-    assert trained.open_run(folder).step == 1
+    assert trained_model.open_run(folder).step == 1
 
 
 def test_a_new_run_that_cannot_start_leaves_no_folder(scenes, tmp_path):
@@ -255,13 +255,14 @@ def test_places_where_no_run_can_be_are_one_sentence(scenes, whole, tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             runs.train(scenes, small(), tmp_path / place, CPU, overwrite=True)
-    assert trained.open_run(whole).step == 6
+    assert trained_model.open_run(whole).step == 6
 
 
 def test_a_run_killed_before_its_first_file_is_whole_can_be_begun_again(scenes, whole, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
-    (folder / f"{trained.RECIPE}.tmp").write_text("task: v", encoding="utf-8")  # all that such a run leaves, and a lock
+    # All that such a run leaves, and a lock:
+    (folder / f"{trained_model.RECIPE}.tmp").write_text("task: v", encoding="utf-8")
     (folder / run_folder.LOCK).touch()
     runs.train(scenes, small(), folder, CPU)
     same_ending(folder, whole)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from e3va_lite import InputError, build_backbone
 from e3va_lite.datasets.shapes import write_scenes
 from e3va_lite.recipes.schema import load_recipe
-from e3va_lite.training import checkpoint, runs, trained
+from e3va_lite.training import checkpoint, runs, trained_model
 from e3va_lite.training.export import export, load_adapters, load_exported
 
 CPU = torch.device("cpu")
@@ -54,7 +54,7 @@ def work(root, recipe, folder, resume, die_in=None):
         renamed = Path.replace
 
         def replace(self, target):
-            work.saves = getattr(work, "saves", 0) + (Path(target).name == trained.LAST)
+            work.saves = getattr(work, "saves", 0) + (Path(target).name == trained_model.LAST)
             if work.saves == die_in:
                 os.kill(os.getpid(), signal.SIGKILL)  # written in full, but not yet under its name
             return renamed(self, target)
@@ -71,7 +71,7 @@ def start(*arguments, **options):
 
 def same_ending(folder, other):
     """All weights, all of the optimiser's state, and the losses of every step: equal bit for bit."""
-    a, b = (load_file(f / trained.LAST) for f in (folder, other))
+    a, b = (load_file(f / trained_model.LAST) for f in (folder, other))
     assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
     assert (folder / runs.LOSSES).read_text() == (other / runs.LOSSES).read_text()
     results = [json.loads((f / runs.RESULT).read_text())["evaluations"] for f in (folder, other)]
@@ -88,7 +88,7 @@ def killed(root, recipe, folder, kills, seed):
         length = time.monotonic() - start_of_run
         shutil.rmtree(folder)
     while done < kills:
-        process = start(root, recipe, folder, resume=(folder / trained.RECIPE).is_file())
+        process = start(root, recipe, folder, resume=(folder / trained_model.RECIPE).is_file())
         process.join(chance.uniform(0.1, 0.8) * length)
         if process.is_alive():
             process.kill()
@@ -99,7 +99,7 @@ def killed(root, recipe, folder, kills, seed):
             yield folder
             shutil.rmtree(folder)
     if not (folder / runs.RESULT).is_file():
-        process = start(root, recipe, folder, resume=(folder / trained.RECIPE).is_file())
+        process = start(root, recipe, folder, resume=(folder / trained_model.RECIPE).is_file())
         process.join()
         assert process.exitcode == 0
     yield folder
@@ -115,9 +115,9 @@ def test_a_run_killed_while_it_saves_goes_on_from_the_save_before(saves, scenes,
     process = start(scenes, small(), tmp_path / "run", resume=False, die_in=saves)
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    assert (tmp_path / "run" / f"{trained.LAST}.tmp").exists()
+    assert (tmp_path / "run" / f"{trained_model.LAST}.tmp").exists()
     if saves > 1:
-        assert trained.open_run(tmp_path / "run").step == saves - 1
+        assert trained_model.open_run(tmp_path / "run").step == saves - 1
     runs.train(scenes, small(), tmp_path / "run", CPU, resume=True)
     same_ending(tmp_path / "run", whole)
 
@@ -157,9 +157,9 @@ def test_a_full_disk_is_one_sentence_and_the_last_checkpoint_is_kept(scenes, who
     # A run of three steps, then a limit on the size of files below that of a checkpoint.
     shutil.copytree(whole, tmp_path / "run")
     (tmp_path / "run" / runs.RESULT).unlink()
-    tensors, state = checkpoint.read(tmp_path / "run" / trained.LAST)
-    checkpoint.write(tmp_path / "run" / trained.LAST, tensors, state | {"step": 3, "evaluations": []})
-    before = (tmp_path / "run" / trained.LAST).read_bytes()
+    tensors, state = checkpoint.read(tmp_path / "run" / trained_model.LAST)
+    checkpoint.write(tmp_path / "run" / trained_model.LAST, tensors, state | {"step": 3, "evaluations": []})
+    before = (tmp_path / "run" / trained_model.LAST).read_bytes()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))
@@ -169,7 +169,7 @@ def test_a_full_disk_is_one_sentence_and_the_last_checkpoint_is_kept(scenes, who
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, handler)
-    assert (tmp_path / "run" / trained.LAST).read_bytes() == before
+    assert (tmp_path / "run" / trained_model.LAST).read_bytes() == before
     assert not list((tmp_path / "run").glob("*.tmp"))
 
 
@@ -210,13 +210,13 @@ def test_no_checkpoint_executes_anything(make, whole, scenes, tmp_path, monkeypa
     folder = shutil.copytree(whole, tmp_path / "run")
     (folder / runs.RESULT).unlink()
     if make == "pickle":
-        (folder / trained.LAST).write_bytes(pickle.dumps(Malice()))
+        (folder / trained_model.LAST).write_bytes(pickle.dumps(Malice()))
     else:
-        torch.save({"model": Malice()}, folder / trained.LAST, _use_new_zipfile_serialization=make != "torch")
+        torch.save({"model": Malice()}, folder / trained_model.LAST, _use_new_zipfile_serialization=make != "torch")
     for load in (
-        lambda: trained.open_run(folder),
+        lambda: trained_model.open_run(folder),
         lambda: runs.train(scenes, small(), folder, CPU, resume=True),
-        lambda: load_exported(folder / trained.LAST),
+        lambda: load_exported(folder / trained_model.LAST),
     ):
         with pytest.raises(InputError, match="cannot be read as a safetensors file"):
             load()
@@ -226,30 +226,30 @@ def test_no_checkpoint_executes_anything(make, whole, scenes, tmp_path, monkeypa
 def test_a_recipe_executes_nothing(whole, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = shutil.copytree(whole, tmp_path / "run")
-    (folder / trained.RECIPE).write_text("task: !!python/object/apply:os.system ['touch executed']\n")
+    (folder / trained_model.RECIPE).write_text("task: !!python/object/apply:os.system ['touch executed']\n")
     with pytest.raises(InputError, match="not valid YAML"):
-        trained.open_run(folder)
+        trained_model.open_run(folder)
     assert not (tmp_path / "executed").exists()
 
 
 def test_another_safetensors_file_is_refused(whole, tmp_path):
     folder = shutil.copytree(whole, tmp_path / "run")
-    tensors, state = checkpoint.read(folder / trained.LAST)
-    save_file(tensors, folder / trained.LAST)
+    tensors, state = checkpoint.read(folder / trained_model.LAST)
+    save_file(tensors, folder / trained_model.LAST)
     with pytest.raises(InputError, match="was not written by this version"):
-        trained.open_run(folder)
+        trained_model.open_run(folder)
     name = next(name for name in tensors if name.startswith("head"))
-    checkpoint.write(folder / trained.LAST, {k: v for k, v in tensors.items() if k != name}, state)
+    checkpoint.write(folder / trained_model.LAST, {k: v for k, v in tensors.items() if k != name}, state)
     with pytest.raises(InputError, match=f"does not fit the model of its recipe, first at '{name}'"):
-        trained.open_run(folder)
+        trained_model.open_run(folder)
 
 
 def test_saved_files_hold_what_training_changes_and_nothing_frozen(whole, scenes, tmp_path):
-    assert (whole / trained.BEST).stat().st_size < 2e6  # the frozen 14 MB stay out
-    model = trained.open_run(whole).model
+    assert (whole / trained_model.BEST).stat().st_size < 2e6  # the frozen 14 MB stay out
+    model = trained_model.open_run(whole).model
     runs.train(scenes, small(method="full", steps=1), tmp_path / "full", CPU)
-    assert (tmp_path / "full" / trained.BEST).stat().st_size > 14e6
-    tensors = checkpoint.read(whole / trained.LAST)[0]
+    assert (tmp_path / "full" / trained_model.BEST).stat().st_size > 14e6
+    tensors = checkpoint.read(whole / trained_model.LAST)[0]
     assert all(torch.equal(tensors[name], model.state_dict()[name]) for name in checkpoint.kept_names(model))
 
 
@@ -258,7 +258,7 @@ def test_saved_files_hold_what_training_changes_and_nothing_frozen(whole, scenes
 
 def test_an_exported_file_makes_the_same_model(whole, tmp_path):
     export(whole, tmp_path / "model.safetensors")
-    model, again = trained.open_run(whole).model, load_exported(tmp_path / "model.safetensors")
+    model, again = trained_model.open_run(whole).model, load_exported(tmp_path / "model.safetensors")
     assert again.classes[0] == "star" and again.recipe == small()
     assert all(torch.equal(value, again.model.state_dict()[key]) for key, value in model.state_dict().items())
 
@@ -266,7 +266,7 @@ def test_an_exported_file_makes_the_same_model(whole, tmp_path):
 def test_adapters_alone_go_into_the_backbone_they_were_made_with(whole, tmp_path):
     path = tmp_path / "adapters.safetensors"
     size = export(whole, path, backbone_only=True)
-    model = trained.open_run(whole).model
+    model = trained_model.open_run(whole).model
     learnt = sum(p.numel() for p in model.backbone.body.parameters() if p.requires_grad)
     assert 4 * learnt < size < 4 * learnt + 30_000  # float32, and the names
     backbone = build_backbone("e3va", "swin_nano", pretrained=True, stages=(2, 3, 4))
@@ -292,7 +292,7 @@ def test_adapters_are_refused_by_everything_else(whole, tmp_path):
     with pytest.raises(InputError, match="holds no neck and head"):
         load_exported(path)
     with pytest.raises(InputError, match="not written by `e3va export`"):
-        load_adapters(build_backbone("e3va", "swin_nano", stages=(2, 3, 4)), whole / trained.LAST)
+        load_adapters(build_backbone("e3va", "swin_nano", stages=(2, 3, 4)), whole / trained_model.LAST)
     with pytest.raises(InputError, match="exists"):
         export(whole, path)
 
