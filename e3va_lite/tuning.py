@@ -52,7 +52,7 @@ def tune(model: nn.Module, method: str = "e3va", backbone: str | None = None, **
     check_options(method, options)
     name, host, kind = find(model, backbone)
     stages, numbers = kind.take_apart(host)
-    return _settle(model, name, kind, stages, numbers, method, options)
+    return _install(model, name, kind, stages, numbers, method, options)
 
 
 def from_pretrained(model: nn.Module, folder: str | Path, backbone: str | None = None, rest: bool = True) -> "Tuning":
@@ -76,7 +76,7 @@ def from_pretrained(model: nn.Module, folder: str | Path, backbone: str | None =
     _check_backbone(folder, config, kind, numbers, fingerprint(stages))
     tensors, _ = checkpoint.read(folder / ADAPTERS)
     others = _rest_of(folder, model) if rest else {}
-    tuning = _settle(model, name, kind, stages, numbers, config["method"], config["options"])
+    tuning = _install(model, name, kind, stages, numbers, config["method"], config["options"])
     for key, value in _fitting(folder, tensors, live := tuning._values()).items():
         live[key].copy_(value)
     model.load_state_dict(others, strict=False)
@@ -271,7 +271,7 @@ class AdapterBank(nn.Module):
         return before
 
 
-def _settle(model, name, kind, stages, numbers, method, options) -> Tuning:
+def _install(model, name, kind, stages, numbers, method, options) -> Tuning:
     host = model.get_submodule(name)
     if method in kind.REFUSED:
         raise InputError(
@@ -293,7 +293,7 @@ def _settle(model, name, kind, stages, numbers, method, options) -> Tuning:
     for child in (child for child_name, child in tuned.named_children() if child_name != "backbone"):
         child.to(like)  # device and type of the backbone
     host.__class__ = kind
-    host.settle(tuned)
+    host.install_tuned(tuned)
     host.add_module("adapter_bank", AdapterBank(tuned))
     tuned.train(host.training)
     return Tuning(model, name)

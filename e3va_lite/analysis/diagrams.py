@@ -118,10 +118,10 @@ def _blocks(title: str, backbones: dict[str, nn.Module], images: Tensor, stage: 
         middle = width / 2 - 2.1
         picture.text(middle, 10.65, label, fontsize=12, color=INK, va="baseline")
         picture.text(middle, 10.2, f"{trainable_parameters(backbone) / 1e6:.2f} M trained", va="baseline")
-        ways = "no adapters" if not block.m else f"m = {block.m[0]} to adapter 1, {block.m[1]} to adapter 2"
+        counts = "no adapters" if not block.m else f"m = {block.m[0]} to adapter 1, {block.m[1]} to adapter 2"
         kept = f"{block.bytes_on_path / 2**10:,.0f} KiB kept for this block"
         length = found.longest_path_per_stage[stage - 1]
-        picture.text(middle, -0.6, f"{kept}\n{ways}")
+        picture.text(middle, -0.6, f"{kept}\n{counts}")
         picture.text(middle, -1.65, f"longest path in stage {stage}: {length} links")
         picture.bar(middle - 2, -2.25, 4.0 * length / max(longest, 1))
         left += width
@@ -292,8 +292,8 @@ def _network_of(found: Trace, backbone: nn.Module) -> tuple[dict[str, bool], dic
 def _draw_network(picture: Picture, backbone: nn.Module, draw_stage: Callable, stage_width: float, road: float) -> None:
     """From the image to the loss, forward to the right; at the height ``road`` the highway, or 0 without one.
 
-    ``draw_stage(picture, backbone, number, x, road, stream, way)`` draws a stage from ``x`` on, behind the parts
-    ``stream`` and ``way`` (the highway's), and returns its own last parts.
+    ``draw_stage(picture, backbone, number, x, road, stream, highway)`` draws a stage from ``x`` on, behind the parts
+    ``stream`` and ``highway``, and returns its own last parts.
     """
     picture.box("image", 0.6, 0, "image", 1.2, tensor=True)
     picture.box("embed", EMBED, 0, "patch\nembedding", 2.0, 0.95)
@@ -302,7 +302,7 @@ def _draw_network(picture: Picture, backbone: nn.Module, draw_stage: Callable, s
     picture.box("neck", right - 0.2, road + 2.0, "neck, head", 2.0)
     picture.box("loss", right + 2.2, road + 2.0, "loss", 1.2, tensor=True)
     picture.line("neck", "loss")
-    stream = way = "embed"
+    stream = highway = "embed"
     for number in range(1, backbone.last_stage + 1):
         x = 5.0 + (stage_width + 2.3) * (number - 1)
         if number > 1 and road:
@@ -312,17 +312,19 @@ def _draw_network(picture: Picture, backbone: nn.Module, draw_stage: Callable, s
             stream = f"l{number}"
         if number > 1:
             picture.box(f"r{number}", x - 1.15, road, "reduce", 1.3)
-            picture.lines(f"{way} r{number}")
-            way = f"r{number}"
-        stream, way = draw_stage(picture, backbone, number, x, road, stream if road else way, way)
+            picture.lines(f"{highway} r{number}")
+            highway = f"r{number}"
+        stream, highway = draw_stage(picture, backbone, number, x, road, stream if road else highway, highway)
         if str(number) in backbone.norms:
-            x = picture.parts[way][0] - picture.x
+            x = picture.parts[highway][0] - picture.x
             picture.box(f"n{number}", x, road + 1.2, "norm", 1.2)
-            picture.line(way, f"n{number}")
+            picture.line(highway, f"n{number}")
             picture.line(f"n{number}", "neck", (x, road + 2.0))
 
 
-def _stage(picture: Picture, backbone: nn.Module, number: int, x: float, road: float, stream: str, way: str) -> tuple:
+def _stage(
+    picture: Picture, backbone: nn.Module, number: int, x: float, road: float, stream: str, highway: str
+) -> tuple:
     """A stage as one box, with what a method has added to its blocks; on a highway, where that meets it."""
     name, extra, blocks = f"s{number}", f"a{number}", len(backbone.backbone.layers[number - 1].blocks)
     text = "LoRA" if hasattr(backbone, "updates") else f"{2 * blocks} adapters"
@@ -337,14 +339,14 @@ def _stage(picture: Picture, backbone: nn.Module, number: int, x: float, road: f
     picture.line(name, extra)
     last = extra if chained else f"p{number}"
     if not chained:
-        picture.plus(last, x + 1, road, way, extra)
+        picture.plus(last, x + 1, road, highway, extra)
         picture.line(extra, last)
-    picture.line(way, last, *([(EMBED, road)] if way == "embed" else []))
+    picture.line(highway, last, *([(EMBED, road)] if highway == "embed" else []))
     return name, last
 
 
 def _stage_in_detail(
-    picture: Picture, backbone: E3VA, number: int, x: float, road: float, stream: str, way: str
+    picture: Picture, backbone: E3VA, number: int, x: float, road: float, stream: str, highway: str
 ) -> tuple:
     """One block of the stage: equation (7) on the stream, equation (8) on the highway."""
     order = -1 if isinstance(backbone.backbone, SwinTransformerV2) else 1  # which norms behind the layers
@@ -357,13 +359,13 @@ def _stage_in_detail(
         fork = middle - 1.3
         picture.line(stream, total, (fork, 0), (fork, -0.85), (middle + 1.6, -0.85))
         picture.box(adapter, middle, 1.8, f"adapter {part}", 1.9)
-        picture.plus(join, middle, road, way, adapter)
+        picture.plus(join, middle, road, highway, adapter)
         picture.lines(f"{tap} {adapter} {join}")
-        picture.line(way, join, *([(EMBED, road)] if way == "embed" else []))
-        stream, way = total, join
+        picture.line(highway, join, *([(EMBED, road)] if highway == "embed" else []))
+        stream, highway = total, join
     blocks, channels = len(backbone.adapters[number - 1]), stage_dims(backbone.backbone)[number - 1]
     picture.text(x + 2.8, -1.15, f"stage {number}: {blocks} such blocks, {channels} channels")
-    return stream, way
+    return stream, highway
 
 
 # Figure 4: adapters

@@ -72,8 +72,8 @@ class Picture:
         style = {"color": GRADIENT, "linewidth": 2.6, "zorder": 2} if passed else {}
         style = {"color": FORWARD, "linewidth": 1.2, "zorder": 1, "joinstyle": "round"} | style
         head = {"arrowstyle": "-|>,head_width=0.28,head_length=0.5", "mutation_scale": 9}
-        way = Outline(points[::-1] if passed else points)
-        self.axes.add_patch(FancyArrowPatch(path=way, gid=f"{source}>{target}", **head, **style))
+        path = Outline(points[::-1] if passed else points)
+        self.axes.add_patch(FancyArrowPatch(path=path, gid=f"{source}>{target}", **head, **style))
 
     def lines(self, *chains: str) -> None:
         """A straight line between every two parts that follow each other in ``"part part ..."``."""

@@ -151,11 +151,11 @@ def answer(name: str, number: int) -> Leak:
 class _Lab(nn.Module):
     """The parts of the package's highway in a loop of its own, whose steps are given."""
 
-    def __init__(self, highway: E3VA, enter: Callable, pass_block: Callable, settle: Callable) -> None:
+    def __init__(self, highway: E3VA, enter: Callable, pass_block: Callable, set_mode: Callable) -> None:
         super().__init__()
         self.backbone, self.adapters, self.norms = highway.backbone, highway.adapters, highway.norms
         self.passed_by_design = highway.passed_by_design
-        self._steps = enter, pass_block, settle
+        self._steps = enter, pass_block, set_mode
         self.train()
 
     def train(self, mode: bool = True) -> nn.Module:
@@ -209,7 +209,7 @@ def _planted(leak: Leak | None) -> _Lab:
         asking = {"attention": stage.blocks[-1].norm1, "mlp": stage.blocks[-1].norm2, "boundary": stage.downsample}
         asking[where].requires_grad_(True)
 
-    def settle(backbone: nn.Module, mode: bool) -> None:
+    def set_mode(backbone: nn.Module, mode: bool) -> None:
         if kind == "mode":
             block = backbone.layers[at - 1].blocks[-1]
             (block.attn.proj_drop if where == "attention" else block.mlp.drop2).train(mode)
@@ -248,4 +248,4 @@ def _planted(leak: Leak | None) -> _Lab:
             added[here] = added[here].detach()
         return after, e + added["attention"] + added["mlp"]  # equation (8), (B, H, W, C)
 
-    return _Lab(highway, enter, pass_block, settle)
+    return _Lab(highway, enter, pass_block, set_mode)

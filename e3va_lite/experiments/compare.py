@@ -1,4 +1,4 @@
-"""The main job: the same small detection task, tuned in several ways, in one table.
+"""The main job: one small detection task, fine-tuned with several methods, in one table.
 
 Accuracy comes from training each method with the same recipe. Memory and time come from one and the same batch
 afterwards; the steps of all methods are timed in turn, so that their ratios survive a noisy machine.

@@ -1,9 +1,9 @@
 """The paper in miniature: which runs there are, and running them.
 
-A *study* is a dense task in a world that pretraining has not seen; an *arm* is a way of tuning in it. Every arm first
-chooses its learning rate, on scenes that are neither trained nor tested on; then it is trained once per seed and judged
-on the test scenes. Steps, batch and the learning rate of neck and heads (the one that a frozen backbone chooses) are
-the same for all arms of a study, and so is the order of the images for one seed. A finished run is a line of a JSON
+A *study* is a dense task in a world that pretraining has not seen; an *arm* is a fine-tuning method in it. Every arm
+first chooses its learning rate, on scenes that are neither trained nor tested on; then it is trained once per seed and
+judged on the test scenes. Steps, batch and the learning rate of neck and heads (the one that a frozen backbone chooses)
+are the same for all arms of a study, and so is the order of the images for one seed. A finished run is a line of a JSON
 lines file, from which :mod:`e3va_lite.experiments.report` makes everything else.
 """
 
@@ -56,7 +56,7 @@ class Study:
 
 @dataclass(frozen=True)
 class Arm:
-    """A way of tuning, ``METHOD[:option=value,...]``, the backbone, and whether that starts from pretrained weights."""
+    """A method, ``METHOD[:option=value,...]``, the backbone, and whether that starts from pretrained weights."""
 
     spec: str
     pretrained: bool = True

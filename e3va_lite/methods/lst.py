@@ -9,7 +9,7 @@ No gradient enters the backbone, since the loss depends on it through frozen val
 through the side network is as long as the backbone's: the side is narrower, not shorter, and its blocks save
 activations of their own.
 
-The paper treats language models; for dense tasks we read it as follows. Side blocks of a Swin are Swin blocks of less
+The paper works on text; for dense tasks we read it as follows. Side blocks of a Swin are Swin blocks of less
 width with the backbone's heads, windows and shifts, those of a plain ViT are plain ones. Between stages the side merges
 2x2 tokens itself. The side starts from the backbone's embedding, projected down. The neck receives the backbone's map
 plus the side's, projected up by a layer that is zero at the start, so that a new ladder is the frozen model. Side

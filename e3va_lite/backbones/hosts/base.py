@@ -86,7 +86,7 @@ class Host:
         """
         raise NotImplementedError
 
-    def settle(self, tuned: nn.Module) -> None:
+    def install_tuned(self, tuned: nn.Module) -> None:
         """Put the tuned backbone in the place of what was taken apart."""
         for name in [name for name in self._modules if name not in self.KEPT]:
             del self._modules[name]

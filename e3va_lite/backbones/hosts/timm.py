@@ -130,9 +130,9 @@ class TunedFeatureGetter(Host, FeatureGetterNet):
         indices = sorted(set(self.out_indices))
         return vit_stages(self.model, indices), tuple(range(1, len(indices) + 1))
 
-    def settle(self, tuned: nn.Module) -> None:
+    def install_tuned(self, tuned: nn.Module) -> None:
         prefix, last_norm = self.model.num_prefix_tokens, self.model.norm if self.norm else nn.Identity()
-        super().settle(tuned)
+        super().install_tuned(tuned)
         self.prefix, self.last_norm = prefix, last_norm
 
     def forward(self, x: Tensor) -> list[Tensor]:
