@@ -395,6 +395,40 @@ def compare(methods, seeds, root, recipe, settings, data, out, mode, device, ove
 
 
 @cli.command()
+@option("--out", type=PATH, help="Folder for bench.json and bench.png.  [default: runs/bench-CARD]")
+@option("--minutes", default=20.0, type=click.FloatRange(0, min_open=True), help="No measurement begins after them.")
+@option("--quick", is_flag=True, help="Swin-T only, about two minutes. Shows whether all is well on a card.")
+@options(DEVICE, OVERWRITE, JSON)
+def bench(out, minutes, quick, device, overwrite, as_json) -> None:
+    """For somebody with a GPU: is everything correct on it, and what do the methods cost there?
+
+    Checks the highway, its proofs and a training step against literal equations and the CPU. Measures time and memory
+    of a training step, beside the allocator's own peak: the paper's twelve methods, LST, LoSA and PEFT's LoRA, with
+    RetinaNet on Swin-L, ViT-L, Swin-T and Swin-B, at the largest of a few sizes that fits. Searches for the largest
+    batch that runs. All weights are random: nothing is downloaded.
+
+    Stop it whenever you want: the same command goes on with what is missing. On a CPU it is a trial with tiny models.
+    """
+    from .analysis.plots import bench_figure
+    from .experiments import bench as library
+
+    where = _device(device)
+    name = library.card_name(library.environment(where))
+    out = out or Path("runs") / f"bench-{name}"
+    check_place(out, overwrite=True, folder=True)
+    if overwrite:
+        (out / "bench.json").unlink(missing_ok=True)
+    if where.type == "cpu":
+        click.echo(f"note: {library.TRIAL}.", err=True)
+    result = library.bench(out / "bench.json", where, quick, minutes)
+    bench_figure(result).savefig(out / "bench.png")
+    _print(result, as_json, library.as_text)
+    contribute = f"copy it to data/results/gpu/{name} and open a pull request (data/results/README.md says more)"
+    hint = library.TRIAL if where.type == "cpu" else f"to contribute the folder, {contribute}"
+    click.echo(f"saved: {out}, bench.json and bench.png; {hint}.", err=as_json)
+
+
+@cli.command()
 @option("--part", "parts", multiple=True, help="May be repeated.  [default: all, core first]")
 @option("--quick", is_flag=True, help="Four methods, one task, shorter: minutes. Shows how it works, proves nothing.")
 @option("--data", type=PATH, default="data/mini", help="For the generated scenes.")

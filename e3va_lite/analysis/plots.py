@@ -215,6 +215,42 @@ def neighbours_figure(arms: dict, costs: dict) -> Figure | None:
     return figure
 
 
+@STYLE
+@FONTS
+def bench_figure(result: dict) -> Figure:
+    """What ``e3va bench`` measured: memory and time of each method as shares of full fine-tuning, a mark per model,
+    and the largest batches that run beside those predicted."""
+    shown = [entry for entry in result["costs"] if entry["rows"]]
+    names = list(dict.fromkeys(row["method"] for entry in shown for row in entry["rows"]))
+    fits = [row for row in result["fit"].get("rows", ()) if "measured" in row]
+    figure = Figure(figsize=(12, 5.4), dpi=DPI)
+    axes = figure.subplots(1, 3 if fits else 2, width_ratios=(1, 1, 0.8) if fits else (1, 1))
+    panels = (("peak", "Peak memory of a training step, % of full"), ("step", "Time of a training step, % of full"))
+    for axis, (key, title) in zip(axes, panels, strict=False):
+        for y, name in enumerate(names):
+            found = [
+                (marker, 100 * row[f"{key}_of_full"])
+                for marker, entry in zip("oDs^vP", shown, strict=False)
+                for row in entry["rows"]
+                if row["method"] == name and row.get(f"{key}_of_full") is not None
+            ]
+            if found:
+                shares = [share for _, share in found]
+                axis.plot(
+                    [min(shares), max(shares)], [y, y], color=colour(name), lw=5, alpha=0.25, solid_capstyle="round"
+                )
+            for marker, share in found:
+                axis.plot(share, y, marker, color=colour(name), ms=6, mec="white", mew=0.6)
+        axis.set_yticks(range(len(names)), names if axis is axes[0] else [])
+        axis.invert_yaxis()
+        axis.set_xlim(left=0)
+        axis.grid(axis="x", color="0.92")
+        axis.set_title(title, loc="left", fontsize=10.5)
+        sns.despine(ax=axis, left=True)
+    figure.tight_layout()
+    return figure
+
+
 def _score(axis: Axes, name: str, cost: float, arm: dict, **style: object) -> None:
     """A method's score in percent with its interval, over what it costs."""
     style |= {"fmt": MARKED[name], "color": colour(name), "elinewidth": 0.8}
