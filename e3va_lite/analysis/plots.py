@@ -29,6 +29,8 @@ FONTS = sns.plotting_context("notebook", font_scale=0.9)
 CATEGORY_COLOURS = dict(zip(CATEGORIES, ("#4c5b6b", "#c44e52", "#8172b3", "#e0a458", "#d9d9d9"), strict=True))
 # What the figures of the experiment show, and its shape, which differs within a colour: colours stand for families.
 MARKED = dict(zip((*METHODS, "lst", "losa", "fixed, norms trained", "from scratch"), "osv<>DhsXo^sPHdX", strict=True))
+MODEL_MARKERS = "oDs^vP"  # of the bench's models
+FARTHEST = 150  # percent of full fine-tuning: what is beyond is written, so that all else keeps its room
 TABLE_FIGURES = ("savings.png", "hours.png", "figure1.png")
 
 # Key of a row, title, unit, format, and which way is better.
@@ -218,37 +220,87 @@ def neighbours_figure(arms: dict, costs: dict) -> Figure | None:
 @STYLE
 @FONTS
 def bench_figure(result: dict) -> Figure:
-    """What ``e3va bench`` measured: memory and time of each method as shares of full fine-tuning, a mark per model,
-    and the largest batches that run beside those predicted."""
-    shown = [entry for entry in result["costs"] if entry["rows"]]
-    names = list(dict.fromkeys(row["method"] for entry in shown for row in entry["rows"]))
-    fits = [row for row in result["fit"].get("rows", ()) if "measured" in row]
-    figure = Figure(figsize=(12, 5.4), dpi=DPI)
-    axes = figure.subplots(1, 3 if fits else 2, width_ratios=(1, 1, 0.8) if fits else (1, 1))
-    panels = (("peak", "Peak memory of a training step, % of full"), ("step", "Time of a training step, % of full"))
-    for axis, (key, title) in zip(axes, panels, strict=False):
-        for y, name in enumerate(names):
-            found = [
-                (marker, 100 * row[f"{key}_of_full"])
-                for marker, entry in zip("oDs^vP", shown, strict=False)
-                for row in entry["rows"]
-                if row["method"] == name and row.get(f"{key}_of_full") is not None
-            ]
-            if found:
-                shares = [share for _, share in found]
-                axis.plot(
-                    [min(shares), max(shares)], [y, y], color=colour(name), lw=5, alpha=0.25, solid_capstyle="round"
-                )
-            for marker, share in found:
-                axis.plot(share, y, marker, color=colour(name), ms=6, mec="white", mew=0.6)
-        axis.set_yticks(range(len(names)), names if axis is axes[0] else [])
-        axis.invert_yaxis()
-        axis.set_xlim(left=0)
-        axis.grid(axis="x", color="0.92")
+    """What ``e3va bench`` measured: memory and time of each method as shares of full fine-tuning, a mark per model, and
+    the largest batches that ran, beside those predicted."""
+    models = [entry for entry in result["costs"] if entry["rows"]]
+    names = list(dict.fromkeys(row["method"] for entry in models for row in entry["rows"]))
+    fits = {row["method"]: row for row in result["fit"].get("rows", ()) if "measured" in row}
+    figure = Figure(figsize=(13, 0.29 * max(len(names), 6) + 1.7 + 0.12 * len(models)), dpi=DPI)
+    axes = figure.subplots(1, 3 if fits else 2, width_ratios=(1, 1, 0.7) if fits else (1, 1))
+    _shares(axes[0], models, names, "peak")
+    _shares(axes[1], models, names, "step")
+    titles = ["Peak memory of a training step, % of full", "Time of a training step, % of full"]
+    if fits:
+        settings = result["fit"]["settings"]
+        titles.append(f"Largest batch of {_model(settings)}")
+        _largest_batches(axes[2], [(y, fits[name]) for y, name in enumerate(names) if name in fits])
+        memory = f"{settings['size'][0]}x{settings['size'][1]} in {settings['bytes'] / 2**30:.3g} GiB"
+        axes[2].set_xlabel(f"images, {memory}\n(dark mark: predicted by dry runs)", fontsize=9, color="0.3")
+    for axis, title in zip(axes, titles, strict=True):
+        axis.set_yticks(range(len(names)), [_short(name) for name in names] if axis is axes[0] else [])
+        axis.set_ylim(len(names) - 0.4, -0.6)
         axis.set_title(title, loc="left", fontsize=10.5)
-        sns.despine(ax=axis, left=True)
-    figure.tight_layout()
+    marks = zip(MODEL_MARKERS, models, strict=False)
+    handles = [axes[0].plot([], [], marker, color="0.35", ms=6, label=_absolute(entry))[0] for marker, entry in marks]
+    layout = {"ncols": 2, "frameon": False, "fontsize": 8.5, "labelspacing": 0.3}
+    figure.legend(handles=handles, loc="lower left", bbox_to_anchor=(0.01, 0), **layout)
+    found = result["environment"]
+    title = f"One training step of RetinaNet on {found['device']}, torch {found['versions']['torch']}, {found['date']}"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    figure.tight_layout(rect=(0, 0.21 * (-(-len(models) // 2) + 0.6) / figure.get_figheight(), 1, 1))
     return figure
+
+
+def _shares(axis: Axes, models: list[dict], names: list[str], key: str) -> None:
+    """A line per method with a mark per model; what is far beyond full fine-tuning is written at the edge."""
+    for y, name in enumerate(names):
+        rows = [next((row for row in entry["rows"] if row["method"] == name), {}) for entry in models]
+        shares = [None if (x := row.get(f"{key}_of_full")) is None else 100 * x for row in rows]
+        if inside := [min(x, FARTHEST) for x in shares if x is not None]:
+            axis.plot([min(inside), max(inside)], [y, y], color=colour(name), lw=5, alpha=0.25, solid_capstyle="round")
+        else:
+            reason = next((row["failed"] for row in rows if "failed" in row), "full fine-tuning did not run")
+            axis.text(2, y, reason[:45], va="center", fontsize=8, color="0.5")
+        for marker, x in zip(MODEL_MARKERS, shares, strict=False):
+            if x is not None:
+                axis.plot(min(x, FARTHEST), y, marker, color=colour(name), ms=6.5, mec="white", mew=0.6)
+        if beyond := [f"{x:.0f}" for x in shares if x is not None and x > FARTHEST]:
+            axis.text(FARTHEST + 4, y, ", ".join(beyond), va="center", fontsize=8.5)
+            axis.set_xlim(right=FARTHEST * 1.15)
+    axis.set_xlim(0, max(axis.get_xlim()[1], 104))
+    axis.grid(axis="x", color="0.92")
+    sns.despine(ax=axis, left=True)
+
+
+def _largest_batches(axis: Axes, rows: list[tuple[int, dict]]) -> None:
+    """Bars of what ran at their places, a mark at what was predicted."""
+    farthest = max(1, *(row[key] for _, row in rows for key in ("measured", "predicted")))
+    for y, row in rows:
+        axis.barh(y, row["measured"], color=colour(row["method"]), height=0.6)
+        axis.plot(row["predicted"], y, "D", ms=4.5, color="0.1")
+        axis.text(max(row["measured"], row["predicted"]) + 0.04 * farthest, y, row["measured"], va="center", fontsize=9)
+    axis.set_xlim(0, 1.2 * farthest)
+    sns.despine(ax=axis)
+
+
+def _short(method: str) -> str:
+    """``e3va:memory=recompute`` as ``e3va, recompute``; options of size are left out."""
+    modes = re.findall(r"memory=(\w+)", method)
+    return ", ".join([method.partition(":")[0], *modes])
+
+
+def _model(settings: dict) -> str:
+    return settings["backbone"].partition("_patch")[0]
+
+
+def _absolute(entry: dict) -> str:
+    """A model of the bench, and what full fine-tuning of it takes."""
+    full = next((row for row in entry["rows"] if row["method"] == "full"), {})
+    takes = (
+        f"{full['peak'] / MIB:,.0f} MiB, {1000 * full['step']:.0f} ms" if "step" in full else full.get("failed", "-")
+    )
+    images = f"{entry['batch_size']} x {entry['size'][0]}x{entry['size'][1]}"
+    return f"{_model(entry)}, {images}, {entry['precision']} (full: {takes})"
 
 
 def _score(axis: Axes, name: str, cost: float, arm: dict, **style: object) -> None:

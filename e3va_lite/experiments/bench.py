@@ -45,7 +45,8 @@ from .paper_tables import OVERHEAD, SWIN_B, SWIN_L
 
 SWEEPS = 2  # every method is measured in each; the second goes through them in the opposite order
 OUT_OF_MEMORY = "out of memory"
-OTHERS = ("lst:narrower=16", "losa:rank=90", "peft_lora")  # on Swin-L with about as many trained parameters as E3VA
+#: Beside the twelve; LST and LoSA with, on Swin-L, about as many trained parameters as E3VA.
+OTHERS = ("e3va:memory=recompute", "lst:narrower=16", "losa:rank=90", "peft_lora")
 TRIAL = "numbers of a CPU are only a trial of this command, with small models and images: it is meant for a GPU"
 NEAR = 0.02  # of a large batch: so near to each other are a batch that runs and one that does not in the end
 
@@ -109,7 +110,7 @@ PLANS = {
     "trial": Plan(
         "voc-nano",
         (Model("swin_nano", ((2, (64, 96)),)), Model("vit_tiny_patch16_224", ((2, (64, 64)),))),
-        (*METHODS, "lst", "losa", "peft_lora"),
+        (*METHODS, "e3va:memory=recompute", "lst", "losa", "peft_lora"),
         ("full", "e3va"),
         rounds=3,
         card="150MB",
@@ -139,6 +140,10 @@ def bench(file: Path, device: torch.device, quick: bool, minutes: float) -> dict
     Raises:
         InputError: If the file holds measurements of another machine, of other versions or of another plan.
     """
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device {device}: e3va bench measures on CUDA, or for a trial on the CPU.")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     begun = time.monotonic()
     name = plan_for(device, quick)
     plan = PLANS[name]
@@ -176,7 +181,7 @@ def _parts(result: dict, plan: Plan, device: torch.device) -> Iterator[tuple[str
 def environment(device: torch.device) -> dict:
     """Card, driver, processor, versions and date."""
     found = machine(load_recipe("voc"), device)
-    del found["precision"]  # each model's own
+    del found["precision"], found["processes"]  # each model's own; one
     found["versions"]["e3va_lite"] = __version__
     found |= {"processor": _processor(), "system": platform.system(), "threads": torch.get_num_threads()}
     if device.type == "cuda":
@@ -217,8 +222,8 @@ def _checks(device: torch.device) -> Iterator[tuple[str, dict[str, float], Calla
     """A name, bounds of relative errors, and what finds the errors; the worst of all tensors counts."""
     for backbone in ("swin_nano", "vit_tiny_patch16_224"):
         for mode in ("reference", "store", "compress", "recompute"):
-            exact = {"maps": 1e-4, "gradients": 0.03 if mode == "compress" else 1e-4}
-            rounded = {"maps": 0.05, "gradients": 0.3}
+            exact = {"maps": 1e-4, "gradients": 0.02 if mode == "compress" else 1e-4}
+            rounded = {"maps": 0.05, "gradients": 0.15}
             for precision, bounds in (("float32", exact), ("bfloat16", rounded)):
                 name = (
                     f"highway, {backbone}, memory={mode}, {precision}: against literal equations in float64 on the CPU"
@@ -228,7 +233,7 @@ def _checks(device: torch.device) -> Iterator[tuple[str, dict[str, float], Calla
         yield f"isolation, {spec}: five proofs", {}, partial(_isolation, spec, True, device)
     yield "isolation, adapter: the proofs find its gradient", {}, partial(_isolation, "adapter", False, device)
     for spec in ("full", "e3va:start=random", "e3va:start=random,memory=recompute"):
-        bounds = {"loss": 1e-4, "gradients": 1e-3 if "full" in spec or "recompute" in spec else 0.03}
+        bounds = {"loss": 1e-4, "gradients": 0.02 if spec == "e3va:start=random" else 1e-3}  # taps in 8 bits
         yield f"training step, {spec}: against the CPU's", bounds, partial(_step_errors, spec, device)
 
 
@@ -310,7 +315,7 @@ def _costs(entry: dict, model: Model, sweep: int, plan: Plan, device: torch.devi
         if row and ("failed" in row or len(row["sweeps"]) > sweep):
             continue
         if row is None and sweep:
-            return  # the first sweep was not finished, and is named among what was not reached
+            continue  # its first sweep is named among what was not reached
         yield spec
         recipe = load_recipe(plan.recipe, model.recipe)
         if row is None:
@@ -402,12 +407,14 @@ def _fit(result: dict, plan: Plan, device: torch.device) -> Iterator[str]:
     if not fit:
         yield "predictions"
         card = plan.card or f"{torch.cuda.get_device_properties(device).total_memory // MIB}MB"
-        fit |= fit_table(recipe, list(plan.fit), size, card, 0 if plan.card else OVERHEAD)
-        for row in fit["rows"]:
+        fit |= attempt(partial(fit_table, recipe, list(plan.fit), size, card, 0 if plan.card else OVERHEAD))
+        for row in fit.get("rows", ()):
             row["predicted"] = row.pop("batch_size")
+    if "failed" in fit:
+        return
     size, limit = tuple(fit["settings"]["size"]), capacity(plan.card) if plan.card else None
     for row in fit["rows"]:
-        if "measured" not in row and "failed" not in row:
+        if "measured" not in row:
             yield row["method"]
             spec = with_method(recipe, row["method"])
 
@@ -419,12 +426,12 @@ def _fit(result: dict, plan: Plan, device: torch.device) -> Iterator[str]:
 
 def _two_steps(recipe: Recipe, size: tuple[int, int], device: torch.device, limit: int | None) -> dict:
     """Two training steps: the second has the optimizer's state from the start. With a limit, in so many bytes."""
-    step = _built(recipe, size, device)
     if device.type == "cpu":
-        if limit is not None and step.ledger().peak > limit:
+        if limit is not None and _built(recipe, size, device).ledger().peak > limit:
             raise torch.OutOfMemoryError(f"more than {limit} bytes")
         return {}
     with _limited(device, limit):
+        step = _built(recipe, size, device)
         for _ in range(2):
             step.backward(step.forward())
             step.update()
@@ -493,7 +500,7 @@ def attempt(measure: Callable[[], dict]) -> dict:
         known = isinstance(error, InputError)
         found = {"failed": OUT_OF_MEMORY if full else first if known else f"{type(error).__name__}: {first}"}
     gc.collect()  # a failed step is part of cycles
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         try:
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
@@ -590,10 +597,18 @@ def _cost_lines(entry: dict) -> list[str]:
     for tried in entry["fell_back"]:
         lines.append(f"  not {tried['batch_size']} x {tried['size'][0]}x{tried['size'][1]}: {tried['because']}")
     lines.append(text_table(["method", "peak, MiB", "of full", "step, ms", "quartiles", "of full"], rows))
-    return lines + [f"  {row['method']}: {row['failed']}" for row in entry["rows"] if "failed" in row]
+    lines += [f"  {row['method']}: {row['failed']}" for row in entry["rows"] if "failed" in row]
+    sweeps = {row["method"]: row["step_by_sweep"] for row in entry["rows"] if "step_by_sweep" in row}
+    if noisy := [method for method, medians in sweeps.items() if max(medians) > 1.1 * min(medians)]:
+        lines.append(
+            f"  the two sweeps' times differ by more than 10 % for {', '.join(noisy)}: the machine was not quiet"
+        )
+    return lines
 
 
 def _fit_lines(fit: dict) -> list[str]:
+    if "failed" in fit:
+        return [f"largest batches: {fit['failed']}"]
     settings = fit["settings"]
     height, width = settings["size"]
     rows = []
