@@ -499,8 +499,8 @@ def attempt(measure: Callable[[], dict]) -> dict:
         )
         known = isinstance(error, InputError)
         found = {"failed": OUT_OF_MEMORY if full else first if known else f"{type(error).__name__}: {first}"}
-    gc.collect()  # a failed step is part of cycles
     if torch.cuda.is_initialized():
+        gc.collect()  # a failed step is part of cycles
         try:
             torch.cuda.synchronize()
             torch.cuda.empty_cache()

@@ -25,7 +25,7 @@ CHECKS = [
 
 def predicted(recipe, specs, size, gpu, overhead):
     """Stands in for dry runs, which take seconds."""
-    rows = [{"method": spec, "batch_size": 2, "peak": 1, "available": 2} for spec in specs]
+    rows = [{"method": spec, "batch_size": 8, "peak": 1, "available": 2} for spec in specs]
     settings = {"backbone": recipe.backbone, "size": size, "precision": recipe.precision, "gpu": gpu, "bytes": 2**30}
     return {"settings": settings, "rows": rows}
 
@@ -293,7 +293,7 @@ def test_a_card_that_does_nothing_right_is_reported(card, small, monkeypatch, tm
     result = bench.bench(tmp_path / "bench.json", gpu, quick=False, minutes=20)  # this machine has no GPU
     assert all("failed" in row for row in result["costs"][0]["rows"])
     (row,) = result["fit"]["rows"]
-    assert result["fit"]["settings"]["gpu"] == "8192MB" and (row["measured"], row["predicted"]) == (0, 2)
+    assert result["fit"]["settings"]["gpu"] == "8192MB" and (row["measured"], row["predicted"]) == (0, 8)
     assert bench.as_text(result)
 
 
