@@ -397,7 +397,7 @@ def compare(methods, seeds, root, recipe, settings, data, out, mode, device, ove
 @cli.command()
 @option("--out", type=PATH, help="Folder for bench.json and bench.png.  [default: runs/bench-CARD]")
 @option("--minutes", default=20.0, type=click.FloatRange(0, min_open=True), help="No measurement begins after them.")
-@option("--quick", is_flag=True, help="Swin-T only, about two minutes. Shows whether all is well on a card.")
+@option("--quick", is_flag=True, help="Swin-T only, some minutes: is all well on this card?")
 @options(DEVICE, OVERWRITE, JSON)
 def bench(out, minutes, quick, device, overwrite, as_json) -> None:
     """For somebody with a GPU: is everything correct on it, and what do the methods cost there?
@@ -414,7 +414,8 @@ def bench(out, minutes, quick, device, overwrite, as_json) -> None:
 
     where = _device(device)
     name = library.card_name(library.environment(where))
-    out = out or Path("runs") / f"bench-{name}"
+    plan = library.plan_for(where, quick)
+    out = out or Path("runs") / "-".join(["bench", name, *(["quick"] if plan == "quick" else [])])
     check_place(out, overwrite=True, folder=True)
     if overwrite:
         (out / "bench.json").unlink(missing_ok=True)
@@ -423,8 +424,11 @@ def bench(out, minutes, quick, device, overwrite, as_json) -> None:
     result = library.bench(out / "bench.json", where, quick, minutes)
     bench_figure(result).savefig(out / "bench.png")
     _print(result, as_json, library.as_text)
-    contribute = f"copy it to data/results/gpu/{name} and open a pull request (data/results/README.md says more)"
-    hint = library.TRIAL if where.type == "cpu" else f"to contribute the folder, {contribute}"
+    hint = {
+        "whole": f"to contribute it, copy the folder to data/results/gpu/{name}; data/results/README.md says what else",
+        "quick": "without --quick, the command measures what can be contributed",
+        "trial": library.TRIAL,
+    }[plan]
     click.echo(f"saved: {out}, bench.json and bench.png; {hint}.", err=as_json)
 
 

@@ -139,7 +139,7 @@ def interleaved_seconds(
 
     seconds = {name: np.zeros((rounds + 1, len(PHASES))) for name in steps}
     names = list(steps)
-    for number in tqdm(range(rounds + 1), "time", unit="round", delay=3):
+    for number in tqdm(range(rounds + 1), "time", unit="round", delay=3, leave=False):
         for name in names[number % len(names) :] + names[: number % len(names)]:
             step = steps[name]
             times = [now()]

@@ -351,14 +351,19 @@ def _memory_and_seconds(recipe: Recipe, size: tuple[int, int], rounds: int, devi
     return {**memory, "sweeps": [_timed(step, rounds, device)]}
 
 
-def _seconds(recipe: Recipe, size: tuple[int, int], rounds: int, device: torch.device) -> dict[str, list[float]]:
+def _seconds(recipe: Recipe, size: tuple[int, int], rounds: int, device: torch.device) -> dict:
     return _timed(_built(recipe, size, device), rounds, device)
 
 
-def _timed(step: Step, rounds: int, device: torch.device) -> dict[str, list[float]]:
+def _timed(step: Step, rounds: int, device: torch.device) -> dict:
     """Seconds of the phases, round by round; the first two steps, in which libraries choose kernels, do not count."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     phases = interleaved_seconds({"": step}, rounds + 1, device)[""]
-    return {phase: [round(float(x), 6) for x in phases[phase][1:]] for phase in PHASES}
+    found = {phase: [round(float(x), 6) for x in phases[phase][1:]] for phase in PHASES}
+    if device.type == "cuda":  # without the ledger's recording, and with the workspaces of libraries
+        found["max_memory_allocated"] = torch.cuda.max_memory_allocated(device)
+    return found
 
 
 def _built(recipe: Recipe, size: tuple[int, int], device: torch.device) -> Step:

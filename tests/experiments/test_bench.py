@@ -99,8 +99,9 @@ def test_a_finished_bench_measures_nothing_again(finished, small, monkeypatch):
     out, *_ = finished
     before = read(out)
     monkeypatch.setattr(bench, "attempt", lambda measure: pytest.fail("measured again"))
-    assert run(out).exit_code == 0
-    assert {**read(out), "seconds": 0} == {**before, "seconds": 0}
+    result = run(out, "--json")
+    assert {**json.loads(result.stdout), "seconds": 0} == {**before, "seconds": 0}
+    assert json.loads(result.stdout) == read(out)
 
 
 def test_out_of_memory_and_failures_are_rows(tmp_path, small, monkeypatch):
