@@ -276,6 +276,8 @@ def card(monkeypatch):
         "is_initialized": lambda: True,
         "synchronize": lambda device=None: None,
         "empty_cache": lambda: asked.append("freed"),
+        "reset_peak_memory_stats": lambda device: None,
+        "max_memory_allocated": lambda device: 123,
     }.items():
         monkeypatch.setattr(torch.cuda, name, answer)
     monkeypatch.setattr(bench, "_driver", lambda: "580.1")
@@ -296,6 +298,31 @@ def test_a_card_that_does_nothing_right_is_reported(card, small, monkeypatch, tm
     (row,) = result["fit"]["rows"]
     assert result["fit"]["settings"]["gpu"] == "8192MB" and (row["measured"], row["predicted"]) == (0, 8)
     assert bench.as_text(result)
+
+
+def test_the_way_through_on_a_card(card, small, monkeypatch, tmp_path):
+    """All that runs on the card runs on the CPU instead; three images are too many."""
+    build = bench.build_step
+
+    def built(recipe, size, device):
+        assert device == torch.device("cuda", 0)  # torch wants a number in some places
+        if recipe.batch > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return build(recipe, tuple(size), torch.device("cpu"))
+
+    monkeypatch.setattr(bench, "_built", built)
+    monkeypatch.setitem(bench.PLANS, "quick", PLAN)
+    monkeypatch.setattr(bench, "TRIAL", "no trial")
+    monkeypatch.setattr(cli, "_device", lambda name: torch.device("cuda"))
+    result = CliRunner().invoke(cli.cli, ["bench", "--quick", "--out", str(tmp_path)])
+    assert result.exit_code == 0, result.exception
+    document = read(tmp_path)
+    assert document["environment"]["device"].endswith("3070") and document["plan"]["name"] == "quick"
+    sweeps = [sweep for row in document["costs"][0]["rows"] for sweep in row["sweeps"]]
+    assert len(sweeps) == 2 * len(METHODS) and all(sweep["max_memory_allocated"] == 123 for sweep in sweeps)
+    (row,) = document["fit"]["rows"]
+    assert (row["measured"], row["too_large"], row["because"]) == (2, 3, bench.OUT_OF_MEMORY)
+    assert "no trial" not in result.stdout + result.stderr and "without --quick" in result.stdout.splitlines()[-1]
 
 
 def test_a_small_card_is_imitated_on_a_large_one(card, monkeypatch):
