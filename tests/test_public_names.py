@@ -56,6 +56,7 @@ COST = "--recipe --backbone --methods --size --precision --checkpointing --memor
 COMMANDS = {
     "params": "--backbone --json",
     "compare": "--method --seeds --root --recipe --set --data --out --memory --device --overwrite --json",
+    "bench": "--out --minutes --quick --device --overwrite --json",
     "gradpath": "--method --backbone --size --figures --overwrite --json",
     "memory": f"{COST} --batch-size --dry-run --modules --figure --device --overwrite --json",
     "time": f"{COST} --batch-size --rounds --device --json",

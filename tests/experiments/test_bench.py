@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from e3va_lite import InputError, build_backbone, cli
-from e3va_lite.experiments import bench
+from e3va_lite.experiments import bench, bench_checks
 from e3va_lite.fused import highway
 from e3va_lite.methods.registry import parse_method
 
@@ -33,7 +33,7 @@ def predicted(recipe, specs, size, gpu, overhead):
 @pytest.fixture
 def small(monkeypatch):
     monkeypatch.setitem(bench.PLANS, "trial", PLAN)
-    monkeypatch.setattr(bench, "_checks", lambda device: CHECKS)
+    monkeypatch.setattr(bench, "checks", lambda device: CHECKS)
     monkeypatch.setattr(bench, "fit_table", predicted)
 
 
@@ -50,7 +50,7 @@ def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("bench") / "cpu"
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(bench.PLANS, "trial", PLAN)
-        patch.setattr(bench, "_checks", lambda device: CHECKS)
+        patch.setattr(bench, "checks", lambda device: CHECKS)
         result = run(out)
     assert result.exit_code == 0, result.exception
     return out, result.stdout, read(out)
@@ -220,10 +220,10 @@ def test_the_search_for_the_largest_batch(limit, guess):
 
 def correctness(part):
     """The rows of the checks whose names begin like this, on the CPU."""
-    checks = [check for check in bench._checks(torch.device("cpu")) if check[0].startswith(part)]
+    checks = [check for check in bench.checks(torch.device("cpu")) if check[0].startswith(part)]
     result = {"correctness": []}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench, "_checks", lambda device: checks)
+        patch.setattr(bench, "checks", lambda device: checks)
         list(bench._correctness(result, torch.device("cpu")))
     return result["correctness"]
 
@@ -238,15 +238,15 @@ def test_the_checks_find_faults(monkeypatch):
     monkeypatch.setattr(highway.MemoryMode, "unpack", lambda self, parts, dtype: 1.01 * parts[0].to(dtype))
     (float32, _) = correctness("highway, swin_nano, memory=store")
     assert not float32["ok"] and float32["maps"] < 1e-5 and float32["gradients"] > 1e-4
-    monkeypatch.setattr(bench, "assert_isolated", lambda *_: None)
+    monkeypatch.setattr(bench_checks, "assert_isolated", lambda *_: None)
     (adapter,) = correctness("isolation, adapter")
     assert not adapter["ok"] and "do not find the gradient" in adapter["failed"]
 
 
 def test_no_number_is_no_small_error():
     good, bad = torch.ones(3), torch.tensor([1.0, float("nan"), 1.0])
-    assert bench._worst([good], [good]) == 0
-    assert bench._worst([bad], [good]) == bench._worst([good, good], [good]) == float("inf")
+    assert bench_checks.worst_error([good], [good]) == 0
+    assert bench_checks.worst_error([bad], [good]) == bench_checks.worst_error([good, good], [good]) == float("inf")
 
 
 @pytest.mark.parametrize("backbone", sorted({model.backbone for plan in bench.PLANS.values() for model in plan.models}))
