@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from .. import __version__
 from ..analysis.cost import interleaved_seconds, with_method
-from ..analysis.fit_on_gpu import LARGEST, MIB, capacity, fit_table
+from ..analysis.fit_on_gpu import LARGEST, MIB, capacity, fit_table, gpu_slices
 from ..analysis.memory import PHASES
 from ..analysis.text_table import percent, text_table
 from ..analysis.training_step import Step, build_step
@@ -343,8 +343,9 @@ def _fit(result: dict, plan: Plan, device: torch.device) -> Iterator[str]:
 def _two_steps(recipe: Recipe, size: tuple[int, int], device: torch.device, limit: int | None) -> dict:
     """Two training steps: the second has the optimizer's state from the start. With a limit, in so many bytes."""
     if device.type == "cpu":
-        if limit is not None and _built(recipe, size, device).ledger().peak > limit:
-            raise torch.OutOfMemoryError(f"more than {limit} bytes")
+        with gpu_slices():  # as the prediction, which is one for a GPU
+            if limit is not None and _built(recipe, size, device).ledger().peak > limit:
+                raise torch.OutOfMemoryError(f"more than {limit} bytes")
         return {}
     with _limited(device, limit):
         step = _built(recipe, size, device)
