@@ -61,6 +61,11 @@ def init_narrow(*convolutions: nn.Conv2d) -> None:
             nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
 
 
+def per_channel(image: Tensor, values: tuple[float, ...]) -> Tensor:
+    """One value for each of an image's channels, (C, 1, 1), made on its device."""
+    return torch.cat([image.new_full((1, 1, 1), value) for value in values])
+
+
 def at_least_float32(x: Tensor) -> Tensor:
     """Boxes are decoded and losses are summed in the precision of their input, which autocast may have lowered."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -72,7 +77,10 @@ def mean_count(count: Tensor | int, device: torch.device) -> Tensor:
     If each process divides its loss by this number, the mean over the processes, as gradients are averaged, is the sum
     over all images divided by the count over all images: the same as one process with the whole batch computes.
     """
-    total = torch.as_tensor(count, dtype=torch.float32, device=device).clone()
+    if isinstance(count, Tensor):
+        total = count.to(torch.float32, copy=True)
+    else:
+        total = torch.full((), count, dtype=torch.float32, device=device)  # a kernel's argument, and no copy
     if dist.is_initialized():
         dist.all_reduce(total)
     return total.clamp(min=1) / (dist.get_world_size() if dist.is_initialized() else 1)
