@@ -14,11 +14,10 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models.detection._utils import BalancedPositiveNegativeSampler, BoxCoder
+from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
 from torchvision.ops import batched_nms, box_area, box_iou, roi_align
 from torchvision.ops import clip_boxes_to_image as clip
 from torchvision.ops._utils import convert_boxes_to_roi_format
@@ -26,7 +25,18 @@ from torchvision.ops.boxes import remove_small_boxes
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from ..errors import InputError
-from .detection import IMAGE_MEAN, IMAGE_STD, Anchors, Pyramid, at_least_float32, check_arguments, divisor, mean_count
+from .detection import (
+    IMAGE_MEAN,
+    IMAGE_STD,
+    Anchors,
+    Coder,
+    Pyramid,
+    Transform,
+    at_least_float32,
+    check_arguments,
+    divisor,
+    mean_count,
+)
 from .region_proposals import ProposalNetwork
 
 STAGES = (  # minimum overlap of a positive box, weight of the losses, weights of the box coder
@@ -128,7 +138,7 @@ class _CascadeMaskRCNN(GeneralizedRCNN):
         return super().forward(images, targets)
 
 
-class _Transform(GeneralizedRCNNTransform):
+class _Transform(Transform):
     """Torchvision's, with a separate size for evaluation, and with masks pasted without rounding.
 
     Torchvision rounds a box to whole pixels before it pastes a mask into it, which is worst for small objects.
@@ -144,9 +154,10 @@ class _Transform(GeneralizedRCNNTransform):
     def postprocess(
         self, result: list[dict], image_shapes: list[tuple[int, int]], original_image_sizes: list[tuple[int, int]]
     ) -> list[dict]:
-        for n, found in enumerate(result):  # none in train mode
-            found["boxes"] = resize_boxes(found["boxes"], image_shapes[n], original_image_sizes[n])
-            found["masks"] = paste(found["masks"], found["boxes"], original_image_sizes[n])
+        for found, size in zip(
+            super().postprocess(result, image_shapes, original_image_sizes), original_image_sizes, strict=False
+        ):
+            found["masks"] = paste(found["masks"], found["boxes"], size)
         return result
 
 
@@ -269,7 +280,7 @@ class _Stage(nn.Module):
         num_classes: int,
     ):
         super().__init__()
-        self.min_iou, self.weight, self.coder = min_iou, weight, BoxCoder(coder)
+        self.min_iou, self.weight, self.coder = min_iou, weight, Coder(coder)
         shape = (channels, BOX_CELLS, BOX_CELLS)
         self.box_head = FastRCNNConvFCHead(shape, [channels] * 4, [head_channels], norm_layer=nn.BatchNorm2d)
         self.scores = nn.Linear(head_channels, 1 + num_classes)  # the background is 0

@@ -5,8 +5,10 @@ from collections import OrderedDict
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torchvision.models.detection._utils import BoxCoder, encode_boxes
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, FeaturePyramidNetwork
 
 from ..errors import InputError
@@ -48,6 +50,51 @@ class Anchors(AnchorGenerator):
         self.set_cell_anchors(torch.float32, maps[0].device)
         anchors = self.grid_anchors([x.shape[-2:] for x in maps], [(s, s) for s in self.strides])
         return [torch.cat(anchors)] * len(images.image_sizes)  # (A, 4) per image
+
+
+class Transform(GeneralizedRCNNTransform):
+    """Torchvision's, whose constants are not copied to the device one by one: every such copy waits for it."""
+
+    def normalize(self, image: Tensor) -> Tensor:
+        mean, std = (per_channel(image, values) for values in (self.image_mean, self.image_std))
+        return (image - mean) / std
+
+    def resize(self, image: Tensor, target: dict | None = None) -> tuple[Tensor, dict | None]:
+        if target is None:
+            return super().resize(image, target)
+        resized, others = super().resize(image, {**target, "boxes": torch.empty(0, 4)})
+        return resized, {**others, "boxes": resize_boxes(target["boxes"], image.shape[-2:], resized.shape[-2:])}
+
+    def postprocess(
+        self, result: list[dict], image_shapes: list[tuple[int, int]], original_image_sizes: list[tuple[int, int]]
+    ) -> list[dict]:
+        for found, before, after in zip(result, image_shapes, original_image_sizes, strict=False):  # none in train mode
+            found["boxes"] = resize_boxes(found["boxes"], before, after)
+        return result
+
+
+def resize_boxes(boxes: Tensor, before: tuple[int, int], after: tuple[int, int]) -> Tensor:
+    """Boxes (N, 4) of an image of one height and width in an image of another; as torchvision's of that name."""
+    sides = zip(before, after, strict=True)
+    down, across = (torch.tensor(b, dtype=torch.float32) / torch.tensor(a, dtype=torch.float32) for a, b in sides)
+    x1, y1, x2, y2 = boxes.unbind(1)
+    return torch.stack((x1 * across, y1 * down, x2 * across, y2 * down), dim=1)
+
+
+class Coder(BoxCoder):
+    """Torchvision's, with numbers in the place of its constant tensors, which are copied to the device at every use."""
+
+    def encode_single(self, reference_boxes: Tensor, proposals: Tensor) -> Tensor:
+        return encode_boxes(reference_boxes, proposals, self.weights)
+
+    def decode_single(self, rel_codes: Tensor, boxes: Tensor) -> Tensor:
+        x1, y1, x2, y2 = boxes.to(rel_codes.dtype)[:, :, None].unbind(1)  # (N, 1) each
+        width, height = x2 - x1, y2 - y1
+        dx, dy, dw, dh = (rel_codes[:, i::4] / weight for i, weight in enumerate(self.weights))
+        x, y = dx * width + (x1 + 0.5 * width), dy * height + (y1 + 0.5 * height)
+        dw, dh = (torch.clamp(d, max=self.bbox_xform_clip) for d in (dw, dh))  # no overflow in exp
+        half_w, half_h = 0.5 * (torch.exp(dw) * width), 0.5 * (torch.exp(dh) * height)
+        return torch.stack((x - half_w, y - half_h, x + half_w, y + half_h), dim=2).flatten(1)
 
 
 def init_narrow(*convolutions: nn.Conv2d) -> None:

@@ -10,7 +10,7 @@ from torchvision.models.detection._utils import Matcher
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 
-from .detection import Anchors, at_least_float32, init_narrow, mean_count
+from .detection import Anchors, Coder, at_least_float32, init_narrow, mean_count
 
 
 class ProposalNetwork(RegionProposalNetwork):
@@ -37,6 +37,7 @@ class ProposalNetwork(RegionProposalNetwork):
             post_nms_top_n=most,
             nms_thresh=0.7,
         )
+        self.box_coder = Coder(self.box_coder.weights)
         self.proposal_matcher = _Matcher(0.7, 0.3, allow_low_quality_matches=True)
 
     def forward(

@@ -522,6 +522,20 @@ def test_a_gradient_that_is_not_finite_changes_nothing(scenes):
     assert all(torch.equal(tensor, before[name]) for name, tensor in training.model.state_dict().items())
 
 
+def test_the_batch_whose_loss_is_not_finite_is_named_and_changes_nothing(scenes):
+    training = Training(build_model(small(), 6), data(scenes), small(accumulate=2, batch=1, precision="float16"), CPU)
+    batches = [next(training.batches()) for _ in range(2)]
+    batches[1][1][0]["file"] = "the bad one.jpg"
+    batches[1][0][0][:] = torch.nan
+    before = {name: p.detach().clone() for name, p in training.model.named_parameters()}
+    losses = training.backward(batches)  # which does not look at them: on CUDA it would wait for each
+    assert not all(loss.isfinite() for loss in losses.values())
+    with pytest.raises(InputError, match=r"the loss is nan at step 1 \(images the bad one.jpg\): lower lr"):
+        training.update(batches)
+    assert not training.between_steps
+    assert all(torch.equal(p, before[name]) for name, p in training.model.named_parameters())
+
+
 @pytest.mark.parametrize("missing", ["last.safetensors", "recipe.yaml"])
 def test_eval_wants_a_finished_run(missing, run, tmp_path):
     broken = shutil.copytree(run[0], tmp_path / "run")
