@@ -3,18 +3,22 @@
 A :class:`PretendTensor` has the device ``cuda:0`` and computes with a CPU tensor inside. Autocast treats it as CUDA's:
 its lists say which operators run in float16 and which in float32. Autograd's engine treats it as a CPU's, since it
 would ask a driver for streams. Inside :func:`pretend_cuda` operators refuse tensors of two devices as CUDA's kernels
-do, and every place where the program would have to wait for the card is counted with its line.
+do, an operator without a kernel on CUDA is an error, and every place where the program would have to wait for the card
+is counted with its line.
 
-What this does not know: which operators have no kernel on CUDA, in which order kernels run, and how long they take.
+What this does not know: in which order kernels run, how long they take, and which types of numbers they refuse.
 
 PyTorch is changed for the life of the process, so everything here runs in one of its own: :func:`own_process`.
 """
 
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from functools import cache
+from importlib.util import find_spec
 from multiprocessing import get_context
 from unittest import mock
 
@@ -42,8 +46,9 @@ ONE_DEVICE = {  # these take no CPU scalar beside CUDA tensors
 }  # fmt: skip
 SOFTMAX = {aten._softmax.default, aten._log_softmax.default}
 SOFTMAX_BACKWARD = {aten._softmax_backward_data.default, aten._log_softmax_backward_data.default}
-PACKAGES = ("e3va_lite", "torchvision", "timm", "mmseg")  # whose lines are named
-PLUMBING = ("_ops.py", "_tensor.py", "autograd/", "utils/", "nn/modules/module.py")  # of torch, whose lines are not
+KERNELS = (
+    "CUDA", "CompositeExplicitAutograd", "CompositeExplicitAutogradNonFunctional", "CompositeImplicitAutograd",
+)  # fmt: skip
 
 
 class WrongDevice(RuntimeError):
@@ -106,24 +111,20 @@ class Waits(TorchDispatchMode):
     Attributes:
         lines: How often, by (line, what). A line is ``file:number``, the innermost of this package, torchvision, timm
             or mmsegmentation; an operator of the backward pass has the line of its operator in the forward pass.
-        copies: From pinned memory to the card, which nobody waits for.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.lines: Counter[tuple[str, str]] = Counter()
-        self.copies = 0
         self._pinned: dict[int, Tensor] = {}  # by the storage's address
         self._forward: dict[int, str] = {}  # line by autograd's number of the operator
-
-    def __str__(self) -> str:
-        return "\n".join(f"{n:5d}  {line}  {what}" for (line, what), n in sorted(self.lines.items()))
 
     def wait(self, what: str, times: int = 1) -> None:
         """The program waits for the card here."""
         node = torch._C._current_autograd_node()
-        line = None if node is None else self._forward.get(node._sequence_nr(), f"backward of {node.name()}")
-        self.lines[line or _line(), what] += times
+        cpp = _is_backward_in_cpp(node)
+        line = self._forward.get(node._sequence_nr(), f"backward of {node.name()}") if cpp else _line()
+        self.lines[line, what] += times
 
     def pin(self, tensor: Tensor) -> Tensor:
         """Stands for :meth:`torch.Tensor.pin_memory`."""
@@ -144,6 +145,8 @@ class Waits(TorchDispatchMode):
             device = CUDA  # where it says CPU, the engine was asked
         if not outer and device.type != "cuda":
             return func(*args, **kwargs)
+        if not _has_kernel(func):
+            raise NotImplementedError(f"{func} has no kernel on CUDA")
         if func in COPIES:
             self._copied(func, args, kwargs, device)
         else:
@@ -165,9 +168,7 @@ class Waits(TorchDispatchMode):
             source, to_card, free = args[0], device.type == "cuda", kwargs.get("non_blocking")
         if isinstance(source, PretendTensor) == to_card:
             return
-        if to_card and free and source.untyped_storage()._cdata in self._pinned:
-            self.copies += 1
-        else:
+        if not (to_card and free and source.untyped_storage()._cdata in self._pinned):
             self.wait("copy to the card" if to_card else "copy to the CPU")
 
     def _checked(self, func, args: tuple, on_cpu: list[Tensor], on_card: bool) -> None:
@@ -205,18 +206,30 @@ def _is_backward_in_cpp(node: object) -> bool:
     return node is not None and not isinstance(node, BackwardCFunction)
 
 
+@cache
+def _has_kernel(func) -> bool:
+    """Whether CUDA has the operator; only a build of PyTorch for CUDA can say no."""
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    return torch.version.cuda is None or any(has(func.name(), key) for key in KERNELS)
+
+
 def _line() -> str:
-    """The innermost line of this package or of a library that it calls; else the innermost one of torch."""
-    frame, torchs = sys._getframe(1), None
+    """The innermost line of this package, or of a library that it calls."""
+    frame = sys._getframe(1)
     while frame is not None:
         path = frame.f_code.co_filename
-        for name in PACKAGES:
-            if f"/{name}/" in path and path != __file__:
-                return f"{name}/{path.rsplit(f'/{name}/', 1)[1]}:{frame.f_lineno}"
-        if torchs is None and "/torch/" in path and not any(part in path for part in PLUMBING):
-            torchs = f"torch/{path.rsplit('/torch/', 1)[1]}:{frame.f_lineno}"
+        for name, folder in _folders().items():
+            if path.startswith(folder):
+                return f"{name}/{path.removeprefix(folder)}:{frame.f_lineno}"
         frame = frame.f_back
-    return torchs or "elsewhere"
+    return "elsewhere"
+
+
+@cache
+def _folders() -> dict[str, str]:
+    """Where the packages whose lines are named are installed."""
+    specs = {name: find_spec(name) for name in ("e3va_lite", "torchvision", "timm", "mmseg")}
+    return {name: spec.submodule_search_locations[0] + os.sep for name, spec in specs.items() if spec is not None}
 
 
 def own_process() -> ProcessPoolExecutor:

@@ -183,6 +183,7 @@ def mistakes():
         attempt("cat of two devices", lambda: torch.cat([on_cpu, x]))
         attempt("number on the cpu", lambda: x + torch.tensor(2.0))
         attempt("numpy", x.numpy)
+        attempt("no kernel", x.to_mkldnn)
         attempt("item", lambda: x.sum().item())
         attempt("if", lambda: bool((x > 0).all()))
         attempt("tolist", x.tolist)
@@ -207,6 +208,7 @@ def test_the_pretence_sees_what_a_card_would(process):
     assert "on cuda:0 and a tensor (3, 4) on the cpu" in found.pop("sum of two devices")
     assert "on cuda:0 and a tensor (3, 4) on the cpu" in found.pop("cat of two devices")
     assert found.pop("numpy") == "numpy() of a tensor on CUDA"
+    assert "has no kernel on CUDA" in found.pop("no kernel") or torch.version.cuda is None
     assert found.pop("types") == [torch.float16, torch.float32]  # CUDA's lists; a CPU's sum is float16
     assert found == {
         "number on the cpu": [],
