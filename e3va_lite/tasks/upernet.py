@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..backbones.swin import MIN_SIZE
 from ..datasets.ade20k import VOID
 from ..errors import InputError
-from .detection import IMAGE_MEAN, IMAGE_STD, at_least_float32
+from .detection import IMAGE_MEAN, IMAGE_STD, at_least_float32, per_channel
 from .mmseg_backbone import Body, mmseg
 
 
@@ -175,7 +175,7 @@ class _FCNHead(_Head, mmseg.models.decode_heads.FCNHead):
 
 
 def _normalised(image: Tensor) -> Tensor:
-    mean, std = (image.new_tensor(values)[:, None, None] for values in (IMAGE_MEAN, IMAGE_STD))
+    mean, std = (per_channel(image, values) for values in (IMAGE_MEAN, IMAGE_STD))
     return (image - mean) / std
 
 
