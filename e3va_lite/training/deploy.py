@@ -86,6 +86,11 @@ def deploy(
             "a Cascade Mask R-CNN cannot be recorded, since it loops over the objects that it finds: take "
             "--backbone-only, whose file has the maps."
         )
+    if format == "onnx" and getattr(trained.model.backbone.body.backbone, "pos_embed", None) is not None:
+        raise InputError(
+            f"{trained.recipe.backbone} resizes its position embedding with antialiasing, which ONNX does not have: take "
+            "--format torch-export."
+        )
     model, report = trained.model.eval(), {}
     graph = recordable(merged(model), format)
     if int8:
@@ -104,7 +109,7 @@ def deploy(
         except Exception as error:  # exporters raise every kind
             what = f"{trained.recipe.method} on {trained.recipe.backbone}"
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise InputError(f"{what} cannot be recorded with --format {format} ({reason}): take another.") from error
+            raise InputError(f"{what} cannot be recorded with --format {format} ({reason}): take the other.") from error
         report["bytes"] = unfinished.stat().st_size
         report |= compare(READERS[format](unfinished, names), eager, names, size, path)
     return report | ({"bytes_float32": report["bytes"] + saved} if int8 else {})
