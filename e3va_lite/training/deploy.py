@@ -88,8 +88,8 @@ def deploy(
         )
     if format == "onnx" and getattr(trained.model.backbone.body.backbone, "pos_embed", None) is not None:
         raise InputError(
-            f"{trained.recipe.backbone} resizes its position embedding with antialiasing, which ONNX does not have: take "
-            "--format torch-export."
+            f"{trained.recipe.backbone} resizes its position embedding with antialiasing, which ONNX does not have: "
+            "take --format torch-export."
         )
     model, report = trained.model.eval(), {}
     graph = recordable(merged(model), format)
