@@ -149,9 +149,9 @@ def _derive(rows: list[dict]) -> None:
             row[f"{key}_of_full"] = round(row[key] / full[key], 4) if key in row and key in full else None
 
 
-def ledger_summary(costs: list[dict]) -> dict:
+def ledger_summary(entries: list[dict]) -> dict:
     """How far the bytes that the ledger counts are from those of the allocator."""
-    rows = [(entry, row) for entry in costs for row in entry["rows"] if row.get("allocated") is not None]
+    rows = [(entry, row) for entry in entries for row in entry["rows"] if row.get("allocated") is not None]
     if not rows:
         return {"compared": 0, "note": "not compared: a CPU's allocator does not count"}
     differences = [(abs(row["allocated"] - row["counted"]) / row["allocated"], entry, row) for entry, row in rows]
