@@ -434,6 +434,7 @@ def bench(out, minutes, quick, device, overwrite, as_json) -> None:
     """
     from .analysis.plots import bench_figure
     from .experiments import bench as library
+    from .experiments.bench_text import TRIAL, as_text
 
     where = _device(device)
     name = library.card_name(library.environment(where))
@@ -443,14 +444,14 @@ def bench(out, minutes, quick, device, overwrite, as_json) -> None:
     if overwrite:
         (out / "bench.json").unlink(missing_ok=True)
     if where.type == "cpu":
-        click.echo(f"note: {library.TRIAL}.", err=True)
+        click.echo(f"note: {TRIAL}.", err=True)
     result = library.bench(out / "bench.json", where, quick, minutes)
     bench_figure(result).savefig(out / "bench.png")
-    _print(result, as_json, library.as_text)
+    _print(result, as_json, as_text)
     hint = {
         "whole": f"to contribute it, copy the folder to data/results/gpu/{name}; data/results/README.md says what else",
         "quick": "without --quick, the command measures what can be contributed",
-        "trial": library.TRIAL,
+        "trial": TRIAL,
     }[plan]
     click.echo(f"saved: {out}, bench.json and bench.png; {hint}.", err=as_json)
 

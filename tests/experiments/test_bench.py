@@ -1,6 +1,7 @@
 """The bench in miniature on the CPU. What only a GPU can do is exercised with stand-ins for torch's functions."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,13 +10,15 @@ from click.testing import CliRunner
 from PIL import Image
 
 from e3va_lite import InputError, build_backbone, cli
-from e3va_lite.experiments import bench, bench_checks
+from e3va_lite.analysis.fit_on_gpu import LARGEST, capacity
+from e3va_lite.experiments import bench, bench_checks, bench_costs, bench_plan, bench_text
 from e3va_lite.fused import highway
 from e3va_lite.methods.registry import parse_method
+from e3va_lite.recipes.schema import load_recipe
 
 METHODS = ("full", "e3va", "fixed")
 SIZES = ((2, (64, 64)), (1, (64, 64)), (1, (32, 32)))
-PLAN = bench.Plan("voc-nano", (bench.Model("swin_nano", SIZES),), METHODS, ("e3va",), rounds=2, card="35MB")
+PLAN = bench_plan.Plan("voc-nano", (bench_plan.Model("swin_nano", SIZES),), METHODS, ("e3va",), rounds=2, card="35MB")
 CHECKS = [
     ("passes", {"maps": 1e-4}, lambda: {"maps": 1e-6}),
     ("fails", {"maps": 1e-4}, lambda: {"maps": 1e-3}),
@@ -26,7 +29,8 @@ CHECKS = [
 def predicted(recipe, specs, size, gpu, overhead):
     """Stands in for dry runs, which take seconds."""
     rows = [{"method": spec, "batch_size": 8, "peak": 1, "available": 2} for spec in specs]
-    settings = {"backbone": recipe.backbone, "size": size, "precision": recipe.precision, "gpu": gpu, "bytes": 2**30}
+    settings = {"backbone": recipe.backbone, "size": size, "precision": recipe.precision}
+    settings |= {"gpu": gpu, "bytes": capacity(gpu)}
     return {"settings": settings, "rows": rows}
 
 
@@ -34,7 +38,7 @@ def predicted(recipe, specs, size, gpu, overhead):
 def small(monkeypatch):
     monkeypatch.setitem(bench.PLANS, "trial", PLAN)
     monkeypatch.setattr(bench, "checks", lambda device: CHECKS)
-    monkeypatch.setattr(bench, "fit_table", predicted)
+    monkeypatch.setattr(bench_costs, "fit_table", predicted)
 
 
 def run(out, *arguments):
@@ -82,7 +86,7 @@ def test_every_part_is_there_and_every_row_complete(finished):
 def test_the_largest_batch_that_runs_is_the_predicted_one(finished):
     (row,) = finished[2]["fit"]["rows"]
     assert row["measured"] == row["predicted"] > 1 and row["too_large"] == row["measured"] + 1
-    assert row["because"] == bench.OUT_OF_MEMORY
+    assert row["because"] == bench_costs.OUT_OF_MEMORY
 
 
 def test_the_summary_and_the_picture(finished):
@@ -98,14 +102,15 @@ def test_the_summary_and_the_picture(finished):
 def test_a_finished_bench_measures_nothing_again(finished, small, monkeypatch):
     out, *_ = finished
     before = read(out)
-    monkeypatch.setattr(bench, "attempt", lambda measure: pytest.fail("measured again"))
+    for module in (bench, bench_costs):
+        monkeypatch.setattr(module, "attempt", lambda *_: pytest.fail("measured again"))
     result = run(out, "--json")
     assert {**json.loads(result.stdout), "seconds": 0} == {**before, "seconds": 0}
     assert json.loads(result.stdout) == read(out)
 
 
 def test_out_of_memory_and_failures_are_rows(tmp_path, small, monkeypatch):
-    build = bench.build_step
+    build = bench_costs.build_step
 
     def too_small_a_card(recipe, size, device):
         if recipe.method == "full" and (recipe.batch, size) != SIZES[-1]:
@@ -116,7 +121,7 @@ def test_out_of_memory_and_failures_are_rows(tmp_path, small, monkeypatch):
             raise RuntimeError("\nsomething else\nand its trace")
         return build(recipe, size, device)
 
-    monkeypatch.setattr(bench, "build_step", too_small_a_card)
+    monkeypatch.setattr(bench_costs, "build_step", too_small_a_card)
     result = run(tmp_path)
     assert result.exit_code == 0, result.exception
     (entry,) = read(tmp_path)["costs"]
@@ -124,7 +129,7 @@ def test_out_of_memory_and_failures_are_rows(tmp_path, small, monkeypatch):
     assert [(tried["batch_size"], tuple(tried["size"])) for tried in entry["fell_back"]] == list(SIZES[:-1])
     full, e3va, fixed = entry["rows"]
     assert full["peak"] > 0 and "failed" not in full
-    assert e3va == {"method": "e3va", "failed": bench.OUT_OF_MEMORY, "peak_of_full": None, "step_of_full": None}
+    assert e3va == {"method": "e3va", "failed": bench_costs.OUT_OF_MEMORY, "peak_of_full": None, "step_of_full": None}
     assert fixed["failed"] == "RuntimeError: something else"
     assert read(tmp_path)["fit"]["rows"][0]["measured"] == 0
     assert "not 2 x 64x64: full: out of memory" in result.stdout and "  e3va: out of memory" in result.stdout
@@ -134,15 +139,15 @@ def test_a_model_that_fits_at_no_size(tmp_path, small, monkeypatch):
     def no_card(*arguments):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(bench, "build_step", no_card)
+    monkeypatch.setattr(bench_costs, "build_step", no_card)
     assert run(tmp_path).exit_code == 0
     (entry,) = read(tmp_path)["costs"]
-    assert [row["failed"] for row in entry["rows"]] == [bench.OUT_OF_MEMORY] * len(METHODS)
+    assert [row["failed"] for row in entry["rows"]] == [bench_costs.OUT_OF_MEMORY] * len(METHODS)
     assert len(entry["fell_back"]) == len(SIZES) - 1 and tuple(entry["size"]) == SIZES[-1][1]
 
 
 def test_an_interrupted_bench_goes_on(tmp_path, small, monkeypatch):
-    measured, measure = [], bench._memory_and_seconds
+    measured, measure = [], bench_costs._memory_and_seconds
 
     def cut(recipe, *arguments):
         if len(measured) == 2:
@@ -150,7 +155,7 @@ def test_an_interrupted_bench_goes_on(tmp_path, small, monkeypatch):
         measured.append(recipe.method)
         return measure(recipe, *arguments)
 
-    monkeypatch.setattr(bench, "_memory_and_seconds", cut)
+    monkeypatch.setattr(bench_costs, "_memory_and_seconds", cut)
     assert run(tmp_path).exit_code != 0
     before = read(tmp_path)
     assert [row["method"] for row in before["costs"][0]["rows"]] == ["full", "e3va"]
@@ -170,7 +175,7 @@ def test_what_the_time_was_not_enough_for_is_said(tmp_path, small, monkeypatch):
     assert not read(tmp_path)["correctness"]
     measured = []
     monkeypatch.setattr(
-        bench, "_memory_and_seconds", lambda recipe, *_: measured.append(recipe.method) or {"failed": "x"}
+        bench_costs, "_memory_and_seconds", lambda recipe, *_: measured.append(recipe.method) or {"failed": "x"}
     )
     assert run(tmp_path).exit_code == 0  # the same command goes on
     assert measured == list(METHODS) and read(tmp_path)["not_reached"] == []
@@ -199,7 +204,7 @@ def test_measurements_of_another_machine_are_not_mixed(finished, small, tmp_path
     assert read(tmp_path)["environment"] == finished[2]["environment"]
 
 
-@pytest.mark.parametrize("limit", [0, 1, 3, 17, 60, 299, bench.LARGEST, 2 * bench.LARGEST])
+@pytest.mark.parametrize("limit", [0, 1, 3, 17, 60, 299, LARGEST, 2 * LARGEST])
 @pytest.mark.parametrize("guess", [0, 1, 20, 300, 5000])
 def test_the_search_for_the_largest_batch(limit, guess):
     tried = []
@@ -208,24 +213,24 @@ def test_the_search_for_the_largest_batch(limit, guess):
         tried.append(batch)
         return "out of memory" if batch > limit else None
 
-    found = bench.largest_that_runs(failure, guess)
-    assert len(tried) == len(set(tried)) <= 24 and min(tried) >= 1 and max(tried) <= bench.LARGEST
+    found = bench_costs.largest_that_runs(failure, guess)
+    assert len(tried) == len(set(tried)) <= 24 and min(tried) >= 1 and max(tried) <= LARGEST
     assert found["measured"] <= limit
-    if limit >= bench.LARGEST:
-        assert found == {"measured": bench.LARGEST, "too_large": None, "because": None}
+    if limit >= LARGEST:
+        assert found == {"measured": LARGEST, "too_large": None, "because": None}
     else:
-        near = max(1, round(bench.NEAR * found["measured"]))
+        near = max(1, round(bench_costs.NEAR * found["measured"]))
         assert limit < found["too_large"] <= found["measured"] + near and found["because"] == "out of memory"
 
 
 def correctness(part):
     """The rows of the checks whose names begin like this, on the CPU."""
     checks = [check for check in bench.checks(torch.device("cpu")) if check[0].startswith(part)]
-    result = {"correctness": []}
+    rows = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench, "checks", lambda device: checks)
-        list(bench._correctness(result, torch.device("cpu")))
-    return result["correctness"]
+        list(bench._correctness(rows, torch.device("cpu")))
+    return rows
 
 
 @pytest.mark.parametrize("part", ["highway, swin_nano, memory=compress", "isolation, ", "training step, e3va"])
@@ -291,18 +296,18 @@ def test_the_environment_of_a_card(card):
 
 
 def test_a_card_that_does_nothing_right_is_reported(card, small, monkeypatch, tmp_path):
-    monkeypatch.setitem(bench.PLANS, "whole", bench.replace(PLAN, card=None))
+    monkeypatch.setitem(bench.PLANS, "whole", replace(PLAN, card=None))
     gpu = torch.device("cuda")
     result = bench.bench(tmp_path / "bench.json", gpu, quick=False, minutes=20)  # this machine has no GPU
     assert all("failed" in row for row in result["costs"][0]["rows"])
     (row,) = result["fit"]["rows"]
     assert result["fit"]["settings"]["gpu"] == "8192MB" and (row["measured"], row["predicted"]) == (0, 8)
-    assert bench.as_text(result)
+    assert bench_text.as_text(result)
 
 
 def test_the_way_through_on_a_card(card, small, monkeypatch, tmp_path):
     """All that runs on the card runs on the CPU instead; three images are too many."""
-    build = bench.build_step
+    build = bench_costs.build_step
 
     def built(recipe, size, device):
         assert device == torch.device("cuda", 0)  # torch wants a number in some places
@@ -310,9 +315,9 @@ def test_the_way_through_on_a_card(card, small, monkeypatch, tmp_path):
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return build(recipe, tuple(size), torch.device("cpu"))
 
-    monkeypatch.setattr(bench, "_built", built)
+    monkeypatch.setattr(bench_costs, "_built", built)
     monkeypatch.setitem(bench.PLANS, "quick", PLAN)
-    monkeypatch.setattr(bench, "TRIAL", "no trial")
+    monkeypatch.setattr(bench_text, "TRIAL", "no trial")
     monkeypatch.setattr(cli, "_device", lambda name: torch.device("cuda"))
     result = CliRunner().invoke(cli.cli, ["bench", "--quick", "--out", str(tmp_path)])
     assert result.exit_code == 0, result.exception
@@ -321,33 +326,33 @@ def test_the_way_through_on_a_card(card, small, monkeypatch, tmp_path):
     sweeps = [sweep for row in document["costs"][0]["rows"] for sweep in row["sweeps"]]
     assert len(sweeps) == 2 * len(METHODS) and all(sweep["max_memory_allocated"] == 123 for sweep in sweeps)
     (row,) = document["fit"]["rows"]
-    assert (row["measured"], row["too_large"], row["because"]) == (2, 3, bench.OUT_OF_MEMORY)
+    assert (row["measured"], row["too_large"], row["because"]) == (2, 3, bench_costs.OUT_OF_MEMORY)
     assert "no trial" not in result.stdout + result.stderr and "without --quick" in result.stdout.splitlines()[-1]
 
 
 def test_a_small_card_is_imitated_on_a_large_one(card, monkeypatch):
-    build, gpu = bench.build_step, torch.device("cuda", 0)
-    monkeypatch.setattr(bench, "_built", lambda recipe, size, device: build(recipe, size, torch.device("cpu")))
-    recipe = bench.load_recipe("voc-nano", {"backbone": "swin_nano", "method": "e3va"})
-    assert bench._two_steps(recipe, (64, 64), gpu, 2 * 2**30) == {}
+    build, gpu = bench_costs.build_step, torch.device("cuda", 0)
+    monkeypatch.setattr(bench_costs, "_built", lambda recipe, size, device: build(recipe, size, torch.device("cpu")))
+    recipe = load_recipe("voc-nano", {"backbone": "swin_nano", "method": "e3va"})
+    assert bench_costs._two_steps(recipe, (64, 64), gpu, 2 * 2**30) == {}
     assert card == [(0.25, gpu), (1.0, gpu)]
 
 
 def test_memory_is_freed_after_a_failure_and_a_broken_card_is_said(card, monkeypatch):
-    assert bench.attempt(lambda: 1 / 0)["failed"].startswith("ZeroDivisionError") and card == ["freed"]
+    assert bench_costs.attempt(lambda: 1 / 0)["failed"].startswith("ZeroDivisionError") and card == ["freed"]
 
     def broken(device=None):
         raise RuntimeError("CUDA error: an illegal memory access was encountered\nCompile with ...")
 
     monkeypatch.setattr(torch.cuda, "synchronize", broken)
     with pytest.raises(InputError, match=r"does not answer any more .*illegal memory.*: start the same command again"):
-        bench.attempt(dict)
+        bench_costs.attempt(dict)
 
 
 def test_the_ledger_beside_the_allocator():
     row = {"method": "full", "allocated": 1000, "counted": 990}
     entry = {"backbone": "swin_nano", "precision": "float32", "rows": [row, {"method": "e3va", "failed": "x"}]}
-    found = bench._ledger_summary([entry])
+    found = bench_costs.ledger_summary([entry])
     assert found == {"compared": 1, "largest_difference": 0.01, "where": "full on swin_nano, float32"}
 
 
