@@ -53,10 +53,11 @@ def cli() -> None:
 
 
 def _fields(context: click.Context, parameter: click.Parameter, settings: tuple[str, ...]) -> dict[str, str]:
-    """``FIELD=VALUE`` several times as a dictionary."""
+    """The values of an option ``NAME=VALUE`` that was given several times."""
     for setting in settings:
         if "=" not in setting:
-            raise InputError(f"--set {setting} is not understood: write --set FIELD=VALUE.")
+            option = parameter.opts[0]
+            raise InputError(f"{option} {setting} is not understood: write {option} {parameter.metavar}.")
     return dict(setting.split("=", 1) for setting in settings)
 
 
@@ -395,36 +396,62 @@ def compare(methods, seeds, root, recipe, settings, data, out, mode, device, ove
 
 
 @cli.command()
-@option("--part", "parts", multiple=True, help="May be repeated.  [default: all, core first]")
+@option("--part", "parts", multiple=True, help="May be repeated.  [default: all, the most urgent first]")
 @option("--quick", is_flag=True, help="Four methods, one task, shorter: minutes. Shows how it works, proves nothing.")
+@option(
+    "--photographs",
+    multiple=True,
+    callback=_fields,
+    metavar="STUDY=ROOT",
+    help="Photographs instead of scenes, for detection, segmentation, instances or vit; may be repeated.",
+)
+@option(
+    "--set", "settings", multiple=True, callback=_fields, metavar="STUDY.FIELD=VALUE",
+    help="Of a study on photographs: a field of its recipe, 'recipe' itself, or 'name'; may be repeated.",
+)  # fmt: skip
 @option("--data", type=PATH, default="data/mini", help="For the generated scenes.")
 @option("--out", type=PATH, default="runs/reproduce.jsonl", help="A line per finished run.")
 @option("--jobs", type=POSITIVE, help="Runs at a time.  [default: one per CPU core; with CUDA, 4]")
 @option("--costs", is_flag=True, help="Measure memory and time instead; for a machine that does nothing else.")
 @DEVICE
-def reproduce(parts, quick, data, out, jobs, costs, device) -> None:
+def reproduce(parts, quick, photographs, settings, data, out, jobs, costs, device) -> None:
     """The paper in miniature: all fine-tuning methods, three tasks, ablations, over several seeds.
 
     Parts: core, few, instances, methods, few-methods, larger, widths, neighbours, ablations. Some hours on two
     cores. Stop it whenever you want: the same command goes on with the runs that are missing. `e3va report` says what
     came out.
+
+    With --photographs the parts are detection, segmentation, instances, few, design, methods, vit. ROOT is a folder in
+    the layout of Pascal VOC 2007, ADE20K or COCO 2017; --set says how yours differs, and where the weights of
+    vit are: --photographs vit=ROOT --set vit.weights=FILE. Which images were used is written beside OUT.
     """
     from .experiments.jsonl import append_line, read_lines
-    from .experiments.reproduce import PARTS, QUICK, measure_costs, run_experiment
+    from .experiments.reproduce import measure_costs, run_experiment
+    from .experiments.studies import PARTS, PHOTOGRAPH_PARTS, QUICK, STUDIES, photograph_studies, write_lists
 
-    for part in parts:
-        if part not in PARTS:
-            raise unknown("part", part, PARTS)
     check_place(out, overwrite=True)
-    check_place(data, overwrite=True, folder=True)
-    arms = QUICK if quick else [pair for part in parts or PARTS for pair in PARTS[part]]
+    if photographs:
+        if quick:
+            raise InputError("--quick is for generated scenes: leave out --photographs, or choose a part with --part.")
+        roots = {word: Path(root) for word, root in photographs.items()}
+        studies, known = photograph_studies(roots, settings), PHOTOGRAPH_PARTS
+        write_lists(studies.values(), out.with_name(f"{out.stem}-images.json"))
+    elif settings:
+        raise InputError("--set is for studies on photographs: give --photographs, too.")
+    else:
+        check_place(data, overwrite=True, folder=True)
+        studies, known = STUDIES, {"quick": QUICK} if quick else PARTS
+    for part in parts:
+        if part not in known:
+            raise unknown("part", part, known)
+    chosen = [[(studies[kind], arm) for kind, arm in known[part] if kind in studies] for part in parts or known]
     where = _device(device)
     if costs:
-        for line in measure_costs(arms, where):
+        for line in measure_costs([pair for part in chosen for pair in part], where):
             append_line(out, line)
         return
     jobs = jobs or (4 if where.type == "cuda" else os.cpu_count() or 1)
-    run_experiment(arms, read_lines(out), out, data, where, jobs)
+    run_experiment(chosen, read_lines(out), out, data, where, jobs)
     click.echo(f"saved: {out}; 'e3va report {out}' says what came out.")
 
 

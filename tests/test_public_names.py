@@ -32,7 +32,7 @@ MODULES = {
     "backbones.swin_v2": "",
     "datasets.shapes": "write_scenes",
     "experiments.jsonl": "read_lines",
-    "experiments.reproduce": "ABLATIONS",
+    "experiments.studies": "ABLATIONS",
     "experiments.paper_tables": "OVERHEAD SWIN_B SWIN_L parameter_table printed printed_value",
     "experiments.report": "DESIGN METRICS claim_table summarise",
     "experiments.significance": "difference interval",

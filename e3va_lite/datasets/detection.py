@@ -1,12 +1,13 @@
 """Images with objects in boxes: what the readers of VOC's and of COCO's layout share."""
 
+import copy
 import os
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -196,6 +197,17 @@ class ObjectDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def paths(self) -> list[Path]:
+        """The files of the images."""
+        return [image.path for image in self.images]
+
+    def only(self, indices: Iterable[int]) -> Self:
+        """The dataset of some of these images."""
+        some = copy.copy(self)
+        some.images = [self.images[i] for i in indices]
+        return some
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict]:
         image, target = self.images[index], self.target(index)

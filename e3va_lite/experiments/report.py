@@ -19,8 +19,9 @@ from ..analysis.plots import neighbours_figure, trade_offs
 from ..analysis.text_table import percent
 from ..recipes.schema import load_recipe
 from .paper_tables import printed_value
-from .reproduce import ABLATIONS, ARMS, CONTROLS, LARGER, METHODS, NEIGHBOURS, PAPERS_WIDTHS, STUDIES, chosen_rate
+from .reproduce import chosen_rate
 from .significance import LEVEL, Difference, difference, holm, interval
+from .studies import ABLATIONS, ARMS, CONTROLS, LARGER, METHODS, NEIGHBOURS, PAPERS_WIDTHS, STUDIES
 
 NEAR, ROOM = 0.02, 0.05
 METRICS = {
@@ -266,7 +267,7 @@ def _rates_of_heads(studies: dict) -> str:
     for study, arms in studies.items():
         if (fixed := arms.get("fixed")) is None:
             continue
-        shared, own = load_recipe(STUDIES[study].recipe).head_lr, fixed["lr"]
+        shared, own = load_recipe(STUDIES[study].base).head_lr, fixed["lr"]
         said.append(f"{study} {shared:g}")
         if own != shared and str(shared) in fixed["tried"]:
             ahead = 100 * (fixed["tried"][str(own)] - fixed["tried"][str(shared)])

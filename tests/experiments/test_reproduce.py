@@ -14,29 +14,25 @@ from e3va_lite import InputError
 from e3va_lite.analysis.plots import neighbours_figure
 from e3va_lite.backbones.base import trainable_parameters
 from e3va_lite.cli import cli
-from e3va_lite.experiments import report, reproduce
+from e3va_lite.experiments import report, reproduce, studies
 from e3va_lite.experiments.jsonl import read_lines
-from e3va_lite.experiments.reproduce import (
+from e3va_lite.experiments.reproduce import CHOOSE_SEED, Run, chosen_rate, next_runs, run_experiment
+from e3va_lite.experiments.studies import (
     ARMS,
-    CHOOSE_SEED,
-    FIRST_RATES,
     METHODS,
     PARTS,
     RATES,
     STUDIES,
-    chosen_rate,
-    next_runs,
-    run_experiment,
-    seeds_of,
 )
 from e3va_lite.methods.registry import METHODS as WAYS
 from e3va_lite.methods.registry import build_backbone, parse_method
 from e3va_lite.recipes.schema import load_recipe
 
-PAIR = ("detection", "e3va++")
+FIRST_RATES = RATES[3:6]  # around the recipes' 1e-3
+PAIR = (STUDIES["detection"], "e3va++")
 
 
-def line(purpose, lr, seed=CHOOSE_SEED, score=None, pair=PAIR):
+def line(purpose, lr, seed=CHOOSE_SEED, score=None, pair=("detection", "e3va++")):
     made = {"study": pair[0], "arm": pair[1], "purpose": purpose, "lr": lr, "seed": seed}
     return made if score is None else {**made, "score": score}
 
@@ -46,7 +42,7 @@ def chosen(scores):
 
 
 def wanted(lines, pairs=(PAIR,)):
-    return [(run.purpose, run.lr, run.seed) for run in next_runs(pairs, lines)]
+    return [(run.purpose, run.lr, run.seed) for run in next_runs(list(pairs), lines)]
 
 
 def test_first_the_learning_rates():
@@ -78,12 +74,12 @@ def test_then_the_seeds():
     lines = chosen(dict.fromkeys(FIRST_RATES, 0.1) | {1e-3: 0.3})
     lines += [line("test", 1e-3, 0, 0.3), line("test", 1e-3, 2)]  # one done, one under way
     assert wanted(lines) == [("test", 1e-3, seed) for seed in (1, 3, 4)]
-    assert wanted(lines, [("detection", "fixed")])[0] == ("choose", FIRST_RATES[0], CHOOSE_SEED)
+    assert wanted(lines, [(STUDIES["detection"], "fixed")])[0] == ("choose", FIRST_RATES[0], CHOOSE_SEED)
 
 
 def test_scenes_to_choose_on_are_no_test_scenes():
-    assert reproduce.CHOOSE_SCENES != reproduce.TEST_SCENES
-    assert CHOOSE_SEED not in range(max(seeds_of(*pair) for pairs in PARTS.values() for pair in pairs))
+    assert studies.CHOOSE_SCENES != studies.TEST_SCENES
+    assert CHOOSE_SEED not in range(max(STUDIES[study].seeds(arm) for part in PARTS.values() for study, arm in part))
 
 
 def test_every_part_is_made_of_studies_and_arms():
@@ -132,7 +128,7 @@ def test_the_neighbours_have_as_many_parameters(arm, option, near):
 
 def test_heads_learn_at_one_rate_in_all_arms_of_a_study():
     def rates(arm, lr):
-        recipe = reproduce.Run("detection", arm, "test", lr, 0).recipe()
+        recipe = Run(STUDIES["detection"], arm, "test", lr, 0).recipe()
         return recipe.lr, recipe.head_lr
 
     heads = load_recipe("mini-detection").head_lr
@@ -146,36 +142,37 @@ def test_the_rate_of_heads_is_one_that_the_frozen_backbone_chooses(study):
     lines = read_lines(Path(__file__).parents[2] / "data" / "results" / "reproduce.jsonl")
     chosen = [x for x in lines if x["purpose"] == "choose"]  # lines of costs have no arm
     tried = {x["lr"]: x["score"] for x in chosen if (x["study"], x["arm"]) == (study, "fixed")}
-    assert len(tried) >= 3 and tried[load_recipe(STUDIES[study].recipe).head_lr] > max(tried.values()) - 0.005
+    assert len(tried) >= 3 and tried[load_recipe(STUDIES[study].base).head_lr] > max(tried.values()) - 0.005
 
 
 @pytest.fixture
 def tiny(monkeypatch):
     """The experiment with next to no images and steps."""
-    monkeypatch.setattr(reproduce, "STUDIES", {"detection": reproduce.Study("mini-detection", images=4, steps=1)})
     sizes = {"TRAIN_IMAGES": 6, "TEST_IMAGES": 2, "CHOOSE_IMAGES": 2, "SEEDS": 2, "SEEDS_OF_CLAIMED": 2}
     for name, value in sizes.items():
-        monkeypatch.setattr(reproduce, name, value)
-    monkeypatch.setattr(reproduce, "RATES", (1e-3, 3e-3))
-    monkeypatch.setattr(reproduce, "FIRST_RATES", (1e-3, 3e-3))
+        monkeypatch.setattr(studies, name, value)
+    for module in (reproduce, studies):
+        monkeypatch.setattr(module, "RATES", (3e-4, 1e-3, 3e-3))
+    study = studies.Scenes("detection", "mini-detection", images=4, steps=1)
+    return [(study, "fixed"), (study, "e3va")]
 
 
 def test_a_stopped_experiment_goes_on(tiny, tmp_path):
-    file, arms = tmp_path / "runs.jsonl", [("detection", "fixed"), ("detection", "e3va")]
+    file = tmp_path / "runs.jsonl"
 
     def go():
-        run_experiment(arms, read_lines(file), file, tmp_path / "data", torch.device("cpu"), 2)
+        run_experiment([tiny], read_lines(file), file, tmp_path / "data", torch.device("cpu"), 2)
         return read_lines(file)
 
     whole = go()
-    assert [x["purpose"] for x in whole].count("choose") == 4 and len(whole) == 8
+    assert [x["purpose"] for x in whole].count("choose") == 6 and len(whole) == 10
     assert all(x["status"] == "done" and x["versions"]["torch"] and x["weights"] for x in whole)
     assert go() == whole  # nothing left to do
     kept = [x for x in whole if (x["arm"], x["purpose"], x["seed"]) != ("e3va", "test", 1)]
     others = [{**x, "recipe": {**x["recipe"], "clip": 0.5}} for x in whole if x not in kept]
     file.write_text("".join(json.dumps(x) + "\n" for x in [*kept, *others]) + '{"study": "dete')
     again = go()
-    assert len(again) == 9  # the cut line is nobody's, and a run with another recipe is not this one
+    assert len(again) == 11  # the cut line is nobody's, and a run with another recipe is not this one
     assert again[-1]["score"] == next(x for x in whole if x not in kept)["score"]
     assert again[-1]["last_losses"] == next(x for x in whole if x not in kept)["last_losses"]
 
@@ -196,8 +193,8 @@ def test_no_run_outlives_the_experiment(tmp_path):
     for name, value in {"TRAIN_IMAGES": 4, "TEST_IMAGES": 1, "CHOOSE_IMAGES": 1}.items():
         words += [f"{name}={value}"]
     program = (
-        "import sys; from e3va_lite import cli; from e3va_lite.experiments import reproduce\n"
-        "for word in sys.argv[9:]: name, value = word.split('='); setattr(reproduce, name, int(value))\n"
+        "import sys; from e3va_lite import cli; from e3va_lite.experiments import studies\n"
+        "for word in sys.argv[9:]: name, value = word.split('='); setattr(studies, name, int(value))\n"
         "sys.argv[9:] = []; cli.main()"
     )
     command = subprocess.Popen([sys.executable, "-c", program, *words], stderr=subprocess.DEVNULL)
@@ -222,7 +219,7 @@ def _children(pid):
 
 
 def test_costs():
-    arms = [("detection", arm) for arm in ("full", "fixed", "e3va", "chained")]
+    arms = [(STUDIES["detection"], arm) for arm in ("full", "fixed", "e3va", "chained")]
     (found,) = reproduce.measure_costs(arms, torch.device("cpu"), rounds=1)
     rows = {row["arm"]: row for row in found["rows"]}
     assert list(rows) == [arm for _, arm in arms] and rows["full"]["seconds_of_full"] == 1
@@ -231,11 +228,12 @@ def test_costs():
 
 
 def test_a_run_that_diverges_is_a_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(reproduce, "TRAIN_IMAGES", 4)
-    monkeypatch.setattr(reproduce, "TEST_IMAGES", 1)
-    reproduce.write_data(tmp_path, ["detection"])
-    recipe = reproduce.Run("detection", "full", "test", 1e30, 0).recipe()
-    found = reproduce.perform(reproduce.replace(recipe, steps=3, clip=None), 4, "test", tmp_path, "cpu")
+    monkeypatch.setattr(studies, "TRAIN_IMAGES", 4)
+    monkeypatch.setattr(studies, "TEST_IMAGES", 1)
+    study = studies.Scenes("detection", "mini-detection", images=4)
+    study.prepare(tmp_path)
+    recipe = Run(study, "full", "test", 1e30, 0).recipe()
+    found = reproduce.perform(study, reproduce.replace(recipe, steps=3, clip=None), "test", tmp_path, "cpu")
     assert (found["status"], found["score"]) == ("failed", 0.0) and "lower lr" in found["message"]
 
 
