@@ -14,6 +14,7 @@ from e3va_lite import InputError
 from e3va_lite.analysis.plots import neighbours_figure
 from e3va_lite.backbones.base import trainable_parameters
 from e3va_lite.cli import cli
+from e3va_lite.datasets.shapes import write_scenes
 from e3va_lite.experiments import report, reproduce, studies
 from e3va_lite.experiments.jsonl import read_lines
 from e3va_lite.experiments.reproduce import CHOOSE_SEED, Run, chosen_rate, next_runs, run_experiment
@@ -21,8 +22,11 @@ from e3va_lite.experiments.studies import (
     ARMS,
     METHODS,
     PARTS,
+    PHOTOGRAPH_PARTS,
     RATES,
     STUDIES,
+    photograph_studies,
+    write_lists,
 )
 from e3va_lite.methods.registry import METHODS as WAYS
 from e3va_lite.methods.registry import build_backbone, parse_method
@@ -83,6 +87,8 @@ def test_scenes_to_choose_on_are_no_test_scenes():
 
 
 def test_every_part_is_made_of_studies_and_arms():
+    for part in PHOTOGRAPH_PARTS.values():
+        assert len(part) == len(set(part)) and all(kind in studies.ON_PHOTOGRAPHS and arm in ARMS for kind, arm in part)
     pairs = [pair for part in PARTS.values() for pair in part]
     assert len(pairs) == len(set(pairs)) and all(study in STUDIES and arm in ARMS for study, arm in pairs)
     for study in ("detection", "segmentation", "few images"):
@@ -378,6 +384,12 @@ def test_the_papers_numbers_beside_the_claims():
     [
         (["reproduce", "--part", "cor"], "did you mean core"),
         (["report", "nothing.jsonl"], "holds no finished runs"),
+        (["reproduce", "--set", "detection.steps=3"], "--set is for studies on photographs"),
+        (["reproduce", "--photographs", "detecton=."], "did you mean detection"),
+        (["reproduce", "--photographs", "detection"], "write --photographs STUDY=ROOT"),
+        (["reproduce", "--photographs", "vit=nowhere"], "there is no folder 'nowhere'"),
+        (["reproduce", "--photographs", "vit=.", "--set", "detection.steps=3"], "STUDY out of vit"),
+        (["reproduce", "--photographs", "vit=.", "--quick"], "--quick is for generated scenes"),
     ],
 )
 def test_bad_input(words, message, tmp_path, monkeypatch):
@@ -385,3 +397,101 @@ def test_bad_input(words, message, tmp_path, monkeypatch):
     result = CliRunner().invoke(cli, words)
     assert isinstance(result.exception, InputError) and message in str(result.exception)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def voc(tmp_path_factory):
+    """A VOC-shaped folder of 20 + 3 images."""
+    root = tmp_path_factory.mktemp("photographs") / "voc"
+    write_scenes(root, "voc", 20, 3, seed=0, size=64)
+    return root
+
+
+@pytest.fixture
+def on_photographs(voc, monkeypatch):
+    """Studies on photographs with next to no steps: by kind."""
+    for module in (reproduce, studies):
+        monkeypatch.setattr(module, "RATES", (3e-4, 1e-3, 3e-3))
+    monkeypatch.setattr(studies, "SEEDS", 2)
+    fields = {"steps": "1", "batch": "1", "train_split": "train", "eval_split": "val", "min_size": "64"}
+    fields |= {"max_size": "64", "canvas": "64", "name": "shapes"}
+    return photograph_studies({"detection": voc}, {f"detection.{key}": value for key, value in fields.items()})
+
+
+def test_photographs_to_choose_on_are_neither_trained_nor_tested_on_then(on_photographs):
+    whole, few = on_photographs["photographs, detection"], on_photographs["photographs, few"]
+    assert (whole.name, few.name) == ("shapes", "shapes, a tenth of the images")
+    names = whole.lists
+    assert {part: len(files) for part, files in names.items()} == {"train": 20, "choose": 4, "test": 3}
+    assert set(names["choose"]) < set(names["train"]) and not set(names["train"]) & set(names["test"])
+    assert len(few.lists["train"]) == 2 and few.lists["choose"] == names["choose"]
+    for study in (whole, few):
+        shown, judged, _ = study.datasets(study.recipe("full", "choose"), "choose")
+        trained = {shown.dataset.paths[i] for i in shown.indices}
+        assert trained and not trained & set(judged.paths) and not shown.dataset.images[0].path.is_symlink()
+        assert {path.relative_to(study.root).as_posix() for path in trained} <= set(study.lists["train"])
+
+
+def test_neck_and_heads_get_the_rate_that_a_frozen_backbone_chooses(on_photographs):
+    study = on_photographs["photographs, detection"]
+    pairs = [(study, arm) for arm in ("fixed", "e3va", "full")]
+    first = list(next_runs(pairs, []))
+    assert {run.arm for run in first} == {"fixed"} and all(run.recipe().head_lr == run.lr for run in first)
+    assert {run.arm for run in next_runs(pairs[1:], [])} == {"fixed"}  # also where a part has no frozen backbone
+    lines = [{**run.key(), "score": 0.2 + (run.lr == 1e-3)} for run in first]
+    then = list(next_runs(pairs, lines))
+    others = [run for run in then if run.purpose == "choose"]
+    assert {(run.arm, run.head_lr, run.recipe().head_lr) for run in others} == {
+        ("e3va", 1e-3, 1e-3),
+        ("full", 1e-3, 1e-3),
+    }
+    assert {run.arm: run.lr for run in reversed(others)} == {"e3va": 3e-4, "full": 3e-4}
+    lines += [{**run.key(), "score": 0.1} for run in others]
+    assert [(run.arm, run.seed) for run in next_runs(pairs, lines)] == [
+        (arm, seed) for seed in range(2) for arm in ("fixed", "e3va", "full")
+    ]
+    elsewhere = [{**line, "head_lr": 3e-3} for line in lines if "head_lr" in line]
+    assert {run.arm for run in next_runs(pairs, [*lines[:3], *elsewhere]) if run.purpose == "choose"} == {
+        "e3va",
+        "full",
+    }
+
+
+def test_photographs_from_the_command_line(on_photographs, voc, tmp_path):
+    study, file = on_photographs["photographs, detection"], tmp_path / "runs.jsonl"
+    write_lists(on_photographs.values(), tmp_path / "images.json")
+    run_experiment([[(study, "fixed"), (study, "e3va")]], [], file, tmp_path, torch.device("cpu"), 2)
+    lines = read_lines(file)
+    assert len(lines) == 10 and {line["status"] for line in lines} == {"done"}
+    listed = json.loads((tmp_path / "images.json").read_text())
+    for line in lines:
+        assert (line["study"], line["kind"]) == ("shapes", "photographs, detection") and str(voc) not in json.dumps(
+            line
+        )
+        assert all(listed["lists"][part["sha256"]][0].startswith("JPEGImages/") for part in line["images"].values())
+        assert line["recipe"]["steps"] == 1 and line["images"]["train"]["count"] == 20
+    assert listed["studies"]["shapes"]["test"]["count"] == 3
+    for line in lines:
+        del line["recipe"]["detections"]  # as if the field were newer than the line
+    assert all(reproduce._is_ours(line, {"shapes": study}) for line in lines)
+    swapped = {"detection.train_split": "val", "detection.eval_split": "train", "detection.name": "shapes"}
+    other = photograph_studies({"detection": voc}, swapped)
+    assert not any(reproduce._is_ours(line, {"shapes": other["photographs, detection"]}) for line in lines)
+
+
+def test_weights_are_named_by_their_content(voc, tmp_path):
+    from safetensors.torch import save_file
+
+    from e3va_lite.backbones.swin import create_swin
+
+    save_file(create_swin("swin_nano").state_dict(), tmp_path / "mine.safetensors")
+    own = {"detection.weights": str(tmp_path / "mine.safetensors")}
+    own |= {"detection.train_split": "train", "detection.eval_split": "val"}
+    study = photograph_studies({"detection": voc}, own)["photographs, detection"]
+    said = {arm: reproduce.setting(Run(study, arm, "test", 1e-3, 0)) for arm in ("full", "from scratch")}
+    assert said["full"]["weights"] and said["from scratch"]["weights"] is None
+    assert (
+        Run(study, "full", "test", 1e-3, 0).recipe().weights
+        and not Run(study, "from scratch", "test", 1e-3, 0).recipe().weights
+    )
+    assert "mine.safetensors" not in json.dumps(said)
