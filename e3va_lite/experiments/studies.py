@@ -193,7 +193,7 @@ QUICK = [("quick", arm) for arm in CORE]
 # Studies on photographs -----------------------------------------------------------------------------------------------
 
 HELD_OUT, FEW = 0.2, 0.1  # shares of the training images: to choose on; to train on where there are few
-CHOOSE_LENGTH = 0.3  # of a run that chooses, of one that is judged
+SHORTER = 0.3  # of the steps: a run that chooses, and any on few images
 CHOOSE_PHOTOGRAPHS = 200  # to choose on, at most
 DIVIDE_SEED = 0  # of the held-out images and the few
 SEEDS_OF_VIT = 2
@@ -231,10 +231,10 @@ class Photographs:
         """See :meth:`Scenes.recipe`."""
         fields = {**self.fields, "method": method}
         recipe = load_recipe(self.base, fields)
-        if purpose == "test":
-            return recipe
         unit = "epochs" if recipe.steps is None else "steps"
-        return load_recipe(self.base, {**fields, unit: max(1, round(CHOOSE_LENGTH * getattr(recipe, unit)))})
+        if purpose == "test" and not (self.few and unit == "steps"):
+            return recipe
+        return load_recipe(self.base, {**fields, unit: max(1, round(SHORTER * getattr(recipe, unit)))})
 
     def seeds(self, arm: str) -> int:
         """See :meth:`Scenes.seeds`."""
