@@ -73,6 +73,9 @@ WEIGHTS = option("--weights", help="File of the pretrained weights, where it is 
 BEST = option("--best", is_flag=True, help="The checkpoint with the best metric.  [default: the last one]")
 STRICT = option("--strict", is_flag=True, help="Boxes without area or outside the image are errors, not warnings.")
 CACHE = option("--cache", type=PATH, default="data/cache", help="Folder for decoded photographs.")
+MAPS = option(
+    "--cache", type=PATH, help="Folder for the maps of a frozen backbone, computed once: RetinaNet with fixed or e3va."
+)
 TEACHER = option("--teacher", help="A larger pretrained ViT of timm, e.g. vit_small_patch14_dinov2.")
 TEACHER_FILE = option(
     "--teacher-weights", type=PATH, help="File of the teacher's weights.  [default: timm's, from its hub]"
@@ -262,6 +265,7 @@ def _train_command(task: str, help: str) -> None:
     @option("--init", type=PATH, help="Start from what fits of an earlier run, or of an exported file.")
     @option("--out", type=PATH, help="Folder of the run.  [default: runs/RECIPE-METHOD, and a number if taken]")
     @option("--resume", is_flag=True, help="Go on where the run was cut off: same command, and this.")
+    @MAPS
     @options(DEVICE, STRICT, OVERWRITE, JSON)
     def command(
         recipe, method, backbone, mode, settings, weights, out, resume, device, overwrite, as_json, **others
@@ -413,8 +417,8 @@ def compare(methods, seeds, root, recipe, settings, data, out, mode, device, ove
 @option("--out", type=PATH, default="runs/reproduce.jsonl", help="A line per finished run.")
 @option("--jobs", type=POSITIVE, help="Runs at a time.  [default: one per CPU core; with CUDA, 4]")
 @option("--costs", is_flag=True, help="Measure memory and time instead; for a machine that does nothing else.")
-@DEVICE
-def reproduce(parts, quick, photographs, settings, data, out, jobs, costs, device) -> None:
+@options(MAPS, DEVICE)
+def reproduce(parts, quick, photographs, settings, data, out, jobs, costs, cache, device) -> None:
     """The paper in miniature: all fine-tuning methods, three tasks, ablations, over several seeds.
 
     Parts: core, few, instances, methods, few-methods, larger, widths, neighbours, ablations. Some hours on two
@@ -451,7 +455,7 @@ def reproduce(parts, quick, photographs, settings, data, out, jobs, costs, devic
             append_line(out, line)
         return
     jobs = jobs or (4 if where.type == "cuda" else os.cpu_count() or 1)
-    run_experiment(chosen, read_lines(out), out, data, where, jobs)
+    run_experiment(chosen, read_lines(out), out, data, where, jobs, cache)
     click.echo(f"saved: {out}; 'e3va report {out}' says what came out.")
 
 

@@ -210,6 +210,11 @@ class ObjectDataset(Dataset):
         return some
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict]:
+        item = self.as_stored(index)
+        return augment(*item, self.crop) if self.train else item
+
+    def as_stored(self, index: int) -> tuple[Tensor, dict]:
+        """An item that is not augmented."""
         image, target = self.images[index], self.target(index)
         pixels = read_image(image.path, image.size, self.limits)
         if pixels.shape[:2] != image.size[::-1]:
@@ -217,8 +222,7 @@ class ObjectDataset(Dataset):
             raise InputError(f"image '{image.path}' {sizes}: correct one of the two.")
         if self.masks:
             target["masks"] = torch.from_numpy(_masks(self._targets(image), *image.size))
-        tensor = torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float() / 255
-        return augment(tensor, target, self.crop) if self.train else (tensor, target)
+        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float() / 255, target
 
     def target(self, index: int) -> dict:
         image = self.images[index]

@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from itertools import chain, islice
@@ -24,6 +25,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
+from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
 from ..analysis.cost import interleaved_seconds, median_share, with_method
@@ -37,6 +40,7 @@ from ..methods.registry import parse_method
 from ..recipes.schema import Recipe, recipe_from
 from ..tasks.registry import task_module
 from ..training.engine import build_model, evaluate, fit, machine
+from ..training.feature_cache import cached, can_be_cached
 from .jsonl import append_line
 from .studies import ARMS, RATES, Photographs, Scenes, first_rates
 
@@ -159,7 +163,7 @@ def rates_to_try(tried: dict[float, float | None], first: tuple[float, ...]) -> 
     return [lr for lr in RATES[max(place - 1, 0) : place + 2] if lr not in tried]
 
 
-def perform(study: Study, recipe: Recipe, purpose: str, data: Path, device: str) -> dict:
+def perform(study: Study, recipe: Recipe, purpose: str, data: Path, device: str, cache: Path | None = None) -> dict:
     """Train and judge; the run's line without what :func:`setting` says.
 
     A training that diverges is a run, too: its ``status`` is ``failed`` and its score 0.
@@ -167,6 +171,7 @@ def perform(study: Study, recipe: Recipe, purpose: str, data: Path, device: str)
     Args:
         purpose: ``choose`` or ``test``.
         data: Folder of generated scenes.
+        cache: Folder of stored maps, for the runs that can do with them: see :mod:`e3va_lite.training.feature_cache`.
     """
     task, where = task_module(recipe.task), torch.device(device)
     shown, judged, classes = study.datasets(recipe, purpose, data)
@@ -174,7 +179,8 @@ def perform(study: Study, recipe: Recipe, purpose: str, data: Path, device: str)
     line = {"trainable": trainable_parameters(model.backbone.body), **machine(recipe, where)}
     start = time.monotonic()
     try:
-        losses = fit(model, shown, recipe, where)
+        with _stored(model, shown, recipe, cache, where) as shown:
+            losses = fit(model, shown, recipe, where)
     except InputError as error:
         return {"status": "failed", "score": 0.0, "message": str(error), **line}
     result = evaluate(model, judged, recipe, where)
@@ -186,6 +192,18 @@ def perform(study: Study, recipe: Recipe, purpose: str, data: Path, device: str)
         "seconds": round(time.monotonic() - start, 1),
         **line,
     }
+
+
+@contextmanager
+def _stored(
+    model: nn.Module, shown: Dataset, recipe: Recipe, cache: Path | None, device: torch.device
+) -> Iterator[Dataset]:
+    """The images to train on, with stored maps in their place where there is a cache and it can be used."""
+    if cache is None or getattr(recipe, "canvas", None) is None or not can_be_cached(model.backbone.body):
+        yield shown
+    else:
+        with cached(model, shown.dataset, recipe, cache, device) as images:
+            yield Subset(images, shown.indices)
 
 
 def setting(run: Run) -> dict:
@@ -206,7 +224,13 @@ def _pretrained(backbone: str, weights: str | None) -> str:
 
 
 def run_experiment(
-    parts: list[list[Pair]], lines: list[dict], file: Path, data: Path, device: torch.device, jobs: int
+    parts: list[list[Pair]],
+    lines: list[dict],
+    file: Path,
+    data: Path,
+    device: torch.device,
+    jobs: int,
+    cache: Path | None = None,
 ) -> None:
     """Run what is missing, ``jobs`` at a time, each in a process of its own with one thread.
 
@@ -217,6 +241,7 @@ def run_experiment(
         lines: Of earlier runs; lines of other settings are left aside.
         file: To which finished runs are added.
         data: Folder of the generated scenes, which are made where they are missing.
+        cache: See :func:`perform`.
     """
     pairs = [pair for part in parts for pair in part]
     studies = {study.name: study for study, _ in pairs}
@@ -235,7 +260,7 @@ def run_experiment(
                 started = known + [run.key() for run in under_way.values()]
                 wanted = chain.from_iterable(next_runs(part, started) for part in parts)
                 for run in islice(_unique(wanted), jobs - len(under_way)):
-                    future = pool.submit(perform, run.study, run.recipe(), run.purpose, data, str(device))
+                    future = pool.submit(perform, run.study, run.recipe(), run.purpose, data, str(device), cache)
                     under_way[future] = run
                 if not under_way:
                     return

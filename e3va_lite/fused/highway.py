@@ -137,15 +137,16 @@ def _forward(
     """
     stages = stages or highway.last_stage
     maps, saved = [], Saved(images, [], [], [])
-    e = l = embed(highway.backbone, images)  # (B, H, W, C)
-    for index, (stage, pairs) in enumerate(zip(highway.backbone.layers[:stages], highway.adapters, strict=False)):
-        e, l = highway.reduction(index)(e), stage.downsample(l)
+    stream = frozen_stream.Stream(highway.backbone) if highway.cache is None or not highway.training else highway.cache
+    e = l = stream.start(images)  # (B, H, W, C)
+    for index, pairs in enumerate(highway.adapters[:stages]):
+        e, l = highway.reduction(index)(e), stream.reduce(index, l)
         e = e - l  # the deviation e_in - l_in
         adapters = [list(pair) for pair in pairs]
         outer, bias, columns = _concatenate_outer(adapters)
         z = l.new_empty(l[..., 0].numel(), outer.shape[1], dtype=frozen_stream.tap_dtype(l))  # (T, all bottlenecks)
         pieces = []
-        for block, rows, taps in frozen_stream.run(stage, l):
+        for block, rows, taps in stream.run(index, l):
             for adapter, column, tap in zip(adapters[block], columns[block], taps, strict=True):
                 z[rows, column] = adapter.bottleneck(tap)
             if mode is not None and mode.taps:
