@@ -460,22 +460,30 @@ def reproduce(parts, quick, photographs, settings, data, out, jobs, costs, cache
 
 
 @cli.command()
-@argument("lines", type=PATH)
-@option("--out", type=PATH, help="Folder for report.md, report.json and figures.  [default: beside LINES]")
+@argument("lines", nargs=-1, required=True, type=PATH)
+@option("--out", type=PATH, help="Folder for report.md, report.json and figures.  [default: beside the first of LINES]")
 @option("--price", type=PATH, help="Of `e3va time --json`: what neighbours cost at full size, for a figure.")
 def report(lines, out, price) -> None:
-    """What the runs in LINES say: tables beside the paper's, figures, and its claims with a verdict each."""
+    """What the runs in LINES say: tables beside the paper's, figures, and its claims with a verdict each.
+
+    LINES are one or more files of `e3va reproduce`, such as one on photographs and one on generated scenes.
+    """
     from .experiments.jsonl import read_lines
     from .experiments.report import write
 
-    found = read_lines(lines)
-    if not any(line.get("purpose") == "test" for line in found):
-        raise InputError(f"'{lines}' holds no finished runs: 'e3va reproduce --out {lines}' makes them.")
+    found = []
+    for file in lines:
+        own = read_lines(file)
+        if not any(line.get("purpose") == "test" for line in own):
+            raise InputError(f"'{file}' holds no finished runs: 'e3va reproduce --out {file}' makes them.")
+        found += own
     costs = None if price is None else _price(price)
-    out = out or lines.with_suffix("")
+    out = out or lines[0].with_suffix("")
     check_place(out, overwrite=True, folder=True)
-    for claim in write(found, out, costs)["claims"]:
-        click.echo(f"{claim['verdict']:>9}: {claim['claim']} ({claim['study']})")
+    summary = write(found, out, costs)
+    names = summary["photographs"]["names"]
+    for claim in (*summary["photographs"]["claims"], *summary["claims"]):
+        click.echo(f"{claim['verdict']:>9}: {claim['claim']} ({names.get(claim['study'], claim['study'])})")
     click.echo(f"saved: the report in {out}")
 
 

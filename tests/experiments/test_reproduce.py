@@ -15,7 +15,7 @@ from e3va_lite.analysis.plots import neighbours_figure
 from e3va_lite.backbones.base import trainable_parameters
 from e3va_lite.cli import cli
 from e3va_lite.datasets.shapes import write_scenes
-from e3va_lite.experiments import report, reproduce, studies
+from e3va_lite.experiments import claims, report, reproduce, studies
 from e3va_lite.experiments.jsonl import read_lines
 from e3va_lite.experiments.reproduce import CHOOSE_SEED, Run, chosen_rate, next_runs, run_experiment
 from e3va_lite.experiments.studies import (
@@ -93,7 +93,7 @@ def test_every_part_is_made_of_studies_and_arms():
     assert len(pairs) == len(set(pairs)) and all(study in STUDIES and arm in ARMS for study, arm in pairs)
     for study in ("detection", "segmentation", "few images"):
         assert {arm for s, arm in pairs if s == study} >= METHODS.keys()
-    assert {(claim.study, arm) for claim in (*report.CLAIMS, *report.PREMISES) for arm in (claim.a, claim.b)} <= set(
+    assert {(claim.study, arm) for claim in (*claims.CLAIMS, *claims.PREMISES) for arm in (claim.a, claim.b)} <= set(
         pairs
     )
 
@@ -369,7 +369,7 @@ def test_the_report_says_where_the_heads_rate_is_not_the_frozen_backbones_own():
 
 
 def test_the_papers_numbers_beside_the_claims():
-    papers = {(claim.text, claim.study): claim.printed() for claim in report.CLAIMS}
+    papers = {(claim.text, claim.study): claim.printed() for claim in claims.CLAIMS}
     assert papers["E3VA is better than a frozen backbone", "detection"] == "Table 1: 86.5 against 83.6"
     assert papers["E3VA is near adapters inside the backbone", "segmentation"] == "Table 1: 49.64 against 50.78"
     assert papers["Parallel adapters are better than chained ones", "longer"] == "Table 5: 86.5 against 85.9"
