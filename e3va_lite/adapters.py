@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from .errors import InputError
 
+gelu_backward = torch.ops.aten.gelu_backward
+
 
 class LowRankLinear(nn.Module):
     """Dual low-rank branches (section 3.3): ``y = (s1 t1 + s2 t2) x + b``.
@@ -54,9 +56,28 @@ class LowRankAdapter(nn.Module):
         self.up = LowRankLinear(middle, dim, rank)
         self.up.zero()
 
-    def bottleneck(self, x: Tensor) -> Tensor:
-        """The adapter up to U's outer factor: ``t_U GeLU(D(x))``; (..., n) -> (..., 2 alpha)."""
-        return F.linear(F.gelu(self.down(x)), self.up.t)
+    @staticmethod
+    def project(x: Tensor, t: Tensor, s: Tensor, b: Tensor, t_up: Tensor) -> Tensor:
+        """``z = t_U GeLU(D(x))``, all but U's outer factor, of K adapters at once: (K, T, n) -> (K, T, 2 alpha).
+
+        Args:
+            t, s, b, t_up: The parameters ``inner`` of K adapters, stacked.
+        """
+        return _linear(F.gelu(_linear(_linear(x, t), s, b)), t_up)
+
+    @staticmethod
+    def project_again(x: Tensor, grad_z: Tensor, t: Tensor, s: Tensor, b: Tensor, t_up: Tensor) -> tuple[Tensor, ...]:
+        """The result z of :meth:`project`, and the gradients of its parameters, given z's (K, T, 2 alpha)."""
+        u = _linear(x, t)  # (K, T, 2 alpha)
+        h = _linear(u, s, b)  # (K, T, m)
+        a = F.gelu(h)
+        grad_h = gelu_backward(grad_z @ t_up, h)
+        return _linear(a, t_up), (grad_h @ s).mT @ x, grad_h.mT @ u, grad_h.sum(dim=1), grad_z.mT @ a
+
+    @property
+    def inner(self) -> tuple[nn.Parameter, ...]:
+        """All parameters but ``outer``: D's t, s and b, and U's inner factor."""
+        return self.down.t, self.down.s, self.down.b, self.up.t
 
     @property
     def outer(self) -> tuple[nn.Parameter, nn.Parameter]:
@@ -65,7 +86,7 @@ class LowRankAdapter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., n) -> (..., n)"""
-        return x + F.linear(self.bottleneck(x), *self.outer)
+        return x + self.up(F.gelu(self.down(x)))
 
 
 class StandardAdapter(nn.Module):
@@ -86,9 +107,22 @@ class StandardAdapter(nn.Module):
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
 
-    def bottleneck(self, x: Tensor) -> Tensor:
-        """``GeLU(D(x))``; (..., n) -> (..., m)."""
-        return F.gelu(self.down(x))
+    @staticmethod
+    def project(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """``GeLU(D(x))`` of K adapters at once, (K, T, n) -> (K, T, m); arguments as in :class:`LowRankAdapter`."""
+        return F.gelu(_linear(x, weight, bias))
+
+    @staticmethod
+    def project_again(x: Tensor, grad_z: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        """As :meth:`LowRankAdapter.project_again`."""
+        h = _linear(x, weight, bias)
+        grad_h = gelu_backward(grad_z, h)
+        return F.gelu(h), grad_h.mT @ x, grad_h.sum(dim=1)
+
+    @property
+    def inner(self) -> tuple[nn.Parameter, ...]:
+        """D's weight and bias."""
+        return self.down.weight, self.down.bias
 
     @property
     def outer(self) -> tuple[nn.Parameter, nn.Parameter]:
@@ -97,7 +131,7 @@ class StandardAdapter(nn.Module):
 
     def change(self, x: Tensor) -> Tensor:
         """The adapter without its skip, for methods that place it elsewhere; (..., n) -> (..., n)."""
-        return self.up(self.bottleneck(x))
+        return self.up(F.gelu(self.down(x)))
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., n) -> (..., n)"""
@@ -148,6 +182,13 @@ class QVUpdate(nn.Module):
         (x,) = inputs
         q, v = (F.linear(F.linear(x, a), b) for a, b in zip(self.a, self.b, strict=True))
         return output + torch.cat([q, torch.zeros_like(q), v], dim=-1)  # (B * windows, tokens, 3 C)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """K linear layers at once: x (K, T, n), weight (K, m, n), bias (K, m) -> (K, T, m)."""
+    if bias is None:
+        return torch.bmm(x, weight.mT)
+    return torch.baddbmm(bias.unsqueeze(1), x, weight.mT)
 
 
 def at_least_one(**sizes: int) -> None:

@@ -44,8 +44,7 @@ class Step:
 
     def __init__(self, recipe: Recipe, model: nn.Module, images: list[Tensor], targets: list[dict]) -> None:
         self.recipe, self.model, self.images, self.targets = recipe, model.train(), images, targets
-        # All parameters at once, as on CUDA, whose default it is.
-        self.optimizer = build_optimizer(model, replace(recipe, head_lr=None), foreach=True)
+        self.optimizer = build_optimizer(model, replace(recipe, head_lr=None))
         for group in self.optimizer.param_groups:
             group["lr"] = 0.0
 
@@ -186,7 +185,7 @@ class _DryRun(TorchDispatchMode):
     """
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func in _IN_PLACE_ON_LISTS and isinstance(args[0][0], FakeTensor):
+        if func is aten._fused_adamw_.default and isinstance(args[0][0], FakeTensor):
             return None  # nothing has a number that could change
         if func in _IN_PLACE and isinstance(args[0], FakeTensor):
             return (kwargs or {}).get("out", args[0])
@@ -209,10 +208,6 @@ class _DryRun(TorchDispatchMode):
 
 aten = torch.ops.aten
 _PICKING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
-_IN_PLACE_ON_LISTS = {
-    aten._foreach_lerp_.Scalar, aten._foreach_mul_.Scalar, aten._foreach_addcmul_.Scalar, aten._foreach_add_.Scalar,
-    aten._foreach_div_.ScalarList, aten._foreach_addcdiv_.ScalarList,
-}  # fmt: skip
 _IN_PLACE = {
     aten.add_.Tensor, aten.mul_.Tensor, aten.round_.default, aten.copy_.default, aten.index_copy_.default, aten.add.out,
 }  # fmt: skip

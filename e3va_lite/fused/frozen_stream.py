@@ -69,7 +69,7 @@ class Stream:
 
 def slices(tokens: Tensor) -> list[slice]:
     """Slices over the rows of a (T, ...) tensor, as many rows each as pass a block together."""
-    size = _rows(tokens.device)
+    size = rows_per_slice(tokens.device)
     return [slice(start, start + size) for start in range(0, len(tokens), size)]
 
 
@@ -81,7 +81,8 @@ def tap_dtype(l: Tensor) -> torch.dtype:
     return l.dtype
 
 
-def _rows(device: torch.device) -> int:
+def rows_per_slice(device: torch.device) -> int:
+    """How many tokens pass a block together there."""
     return ROWS["cpu" if device.type == "cpu" else "gpu"]
 
 
@@ -106,7 +107,7 @@ def _attend(block: SwinTransformerBlock, l: Tensor, windows: list[tuple]) -> Ten
 def _windows(
     shape: torch.Size, window: tuple[int, int], shift: tuple[int, int], timms_order: bool, device: torch.device
 ) -> list[tuple]:
-    arrays = _window_indices(*shape[:3], *window, *shift, timms_order, _rows(device))
+    arrays = _window_indices(*shape[:3], *window, *shift, timms_order, rows_per_slice(device))
     return [tuple(None if x is None else torch.from_numpy(x).to(device) for x in some) for some in arrays]
 
 

@@ -15,17 +15,17 @@ decides what is saved between the two passes:
     compress     the taps and the highway's own maps, in 8 bits (:mod:`e3va_lite.fused.int8`)
     recompute    the highway's own maps only; the frozen stream is run a second time
 
-Autograd sees one node for the whole highway; its backward pass is written here. The insides of an adapter, a reduction
-or a norm are left to autograd, on small graphs that end where the frozen stream begins.
+Autograd sees one node for the whole highway; its backward pass is written here, and that of an adapter's inside beside
+it, in :mod:`e3va_lite.adapters`. Reductions and norms are left to autograd, on small graphs of their own.
 
 Within the backbone some modules are not called as a whole, see :func:`e3va_lite.fused.frozen_stream.run`: forward hooks
 on them do not fire. Where hooks are needed, use ``memory="reference"``.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import accumulate, pairwise, product
+from itertools import accumulate, islice, pairwise
 from typing import NamedTuple
 
 import torch
@@ -42,6 +42,8 @@ from .int8 import pack, unpack
 
 Gradients = dict[nn.Parameter, Tensor]
 Parts = tuple[Tensor, ...]
+#: Adapters of a stage, as a slice; a slice of its T tokens; and the taps of these adapters there, (K, tokens, C).
+Groups = Iterator[tuple[slice, slice, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -77,13 +79,13 @@ class Saved(NamedTuple):
         images: (B, 3, H, W)
         e: Per stage, its output ``e``, the next reduction's input; None where it is recomputed.
         norm_inputs: Per stage, the input of its norm.
-        taps: Per stage, for every piece of its taps, in the order of :func:`.frozen_stream.run`, the pair.
+        taps: Per stage, for every group of its taps, in the order of :func:`_groups`, the stacked taps.
     """
 
     images: Tensor
     e: list[Parts | None]
     norm_inputs: list[Parts | None]
-    taps: list[list[tuple[Parts, Parts]]]
+    taps: list[list[Parts]]
 
 
 def run(highway: nn.Module, images: Tensor) -> list[Tensor]:
@@ -100,8 +102,10 @@ def run(highway: nn.Module, images: Tensor) -> list[Tensor]:
 def _own(highway: nn.Module) -> list[nn.Parameter]:
     """The trained parameters of the highway, and nothing of the backbone."""
     norms = [norm for i in range(highway.last_stage) if (norm := highway.norm(i)) is not None]
-    own = [highway.adapters, *norms, *([] if highway.reductions is None else [highway.reductions])]
-    return [p for module in own for p in _trained(module)]
+    others = [*norms, *([] if highway.reductions is None else [highway.reductions])]
+    adapters = [adapter for stage in highway.adapters for adapter in _flat(stage)]
+    of_adapters = [p for adapter in adapters for p in (*adapter.inner, *adapter.outer) if p.requires_grad]
+    return of_adapters + [p for module in others for p in _trained(module)]
 
 
 class _Highway(torch.autograd.Function):
@@ -142,15 +146,14 @@ def _forward(
     for index, pairs in enumerate(highway.adapters[:stages]):
         e, l = highway.reduction(index)(e), stream.reduce(index, l)
         e = e - l  # the deviation e_in - l_in
-        adapters = [list(pair) for pair in pairs]
+        adapters = _flat(pairs)
         outer, bias, columns = _concatenate_outer(adapters)
         z = l.new_empty(l[..., 0].numel(), outer.shape[1], dtype=frozen_stream.tap_dtype(l))  # (T, all bottlenecks)
-        pieces = []
-        for block, rows, taps in stream.run(index, l):
-            for adapter, column, tap in zip(adapters[block], columns[block], taps, strict=True):
-                z[rows, column] = adapter.bottleneck(tap)
+        packed = []
+        for some, rows, taps in _groups(stream.run(index, l), l, adapters):
+            _columns(z, rows, columns[some]).copy_(_project(adapters[some], taps))
             if mode is not None and mode.taps:
-                pieces.append(tuple(mode.pack(tap) for tap in taps))
+                packed.append(mode.pack(taps))
         e += F.linear(z, outer, bias).view_as(l)
         e += l
         norm_input = e if highway.fpn_input == "e" else e + l
@@ -158,7 +161,7 @@ def _forward(
             maps.append(to_nchw(norm(norm_input)))
         if mode is not None:
             recomputed = not mode.taps and norm is None and index + 1 < stages  # no norm needs it either
-            saved.taps.append(pieces)
+            saved.taps.append(packed)
             saved.e.append(None if recomputed else mode.pack(e))
             saved.norm_inputs.append(saved.e[-1] if norm_input is e else mode.pack(norm_input))
     return maps, saved
@@ -169,22 +172,19 @@ def _backward(highway: nn.Module, mode: MemoryMode, saved: Saved, grad_maps: tup
     grads: Gradients = {}
     grad_e = _shared_gradients(highway, mode, saved, list(grad_maps), grads)
     l = None if mode.taps else embed(highway.backbone, saved.images)
-    for stage, pairs, pieces in zip(highway.backbone.layers, highway.adapters, saved.taps, strict=False):
+    for stage, pairs, packed in zip(highway.backbone.layers, highway.adapters, saved.taps, strict=False):
         if not mode.taps:
             l = stage.downsample(l)
         g = grad_e.pop(0).flatten(0, 2)  # (T, C), the gradient that all adapters of the stage receive
-        recovered = _unpack_taps(stage, pieces, mode, g) if mode.taps else frozen_stream.run(stage, l)
-        trained, adapters = [_trained(pair) for pair in pairs], [list(pair) for pair in pairs]
+        adapters = _flat(pairs)
         outer, _, columns = _concatenate_outer(adapters)
         z, grad_z = g.new_empty(len(g), outer.shape[1]), g @ outer
-        for block, rows, taps in recovered:
-            with torch.enable_grad():
-                zs = [adapter.bottleneck(tap) for adapter, tap in zip(adapters[block], taps, strict=True)]
-            _grad(zs, [grad_z[rows, column] for column in columns[block]], trained[block], grads)
-            for column, x in zip(columns[block], zs, strict=True):
-                z[rows, column] = x.detach()
+        again = _unpacked(packed, mode, adapters, g) if mode.taps else _groups(frozen_stream.run(stage, l), l, adapters)
+        for some, rows, taps in again:
+            grad = _columns(grad_z, rows, columns[some])
+            _columns(z, rows, columns[some]).copy_(_project(adapters[some], taps, grad, grads))
         grad_outer, grad_bias = z.t() @ g, g.sum(dim=0)
-        for column, adapter in zip(_flat(columns), _flat(adapters), strict=True):
+        for column, adapter in zip(columns, adapters, strict=True):
             weight, bias = adapter.outer
             grads[weight], grads[bias] = grad_outer[column].t(), grad_bias
     return grads
@@ -201,26 +201,65 @@ def _shared_gradients(
         if (norm := highway.norm(index)) is not None:
             grad_map = grad_maps.pop().permute(0, 2, 3, 1)
             norm_input = mode.unpack(saved.norm_inputs[index], grad_map.dtype)
-            terms += _vjp(norm, norm_input, grad_map, _trained(norm), grads)
+            terms.append(_vjp(norm, norm_input, grad_map, _trained(norm), grads))
         if grad_e:
             if outputs[index] is None:
                 outputs = _forward(highway, saved.images, mode, stages=index + 1)[1].e
             e = mode.unpack(outputs[index], grad_e[0].dtype)
-            terms += _vjp_of_reduction(highway.reduction(index + 1), e, grad_e[0], grads)
+            terms.append(_vjp_of_reduction(highway.reduction(index + 1), e, grad_e[0], grads))
         grad_e.insert(0, terms[0] if len(terms) == 1 else terms[0] + terms[1])
     return grad_e
 
 
-def _unpack_taps(
-    stage: nn.Module, pieces: list[tuple[Parts, Parts]], mode: MemoryMode, g: Tensor
-) -> frozen_stream.Taps:
-    """The saved taps of a stage, in the type of ``g`` (T, C), as :func:`.frozen_stream.run` yielded them."""
-    places = product(range(len(stage.blocks)), frozen_stream.slices(g))
-    for (block, rows), (f1, f2) in zip(places, pieces, strict=True):
-        yield block, rows, (mode.unpack(f1, g.dtype), mode.unpack(f2, g.dtype))
+def _groups(stage: frozen_stream.Taps, l: Tensor, adapters: list[nn.Module]) -> Groups:
+    """The taps of a stage as :func:`.frozen_stream.run` yields them."""
+    taps = (tap for _, _, pair in stage for tap in pair)
+    for some, rows in _layout(adapters, l.flatten(0, 2)):
+        group = list(islice(taps, some.stop - some.start))
+        yield some, rows, torch.stack(group) if len(group) > 1 else group[0][None]
 
 
-def _vjp_of_reduction(reduction: nn.Module, e: Tensor, grad_y: Tensor, grads: Gradients) -> Sequence[Tensor]:
+def _unpacked(packed: list[Parts], mode: MemoryMode, adapters: list[nn.Module], g: Tensor) -> Groups:
+    """The saved taps of a stage, in the type of ``g`` (T, C), as :func:`_groups` yielded them."""
+    for (some, rows), parts in zip(_layout(adapters, g), packed, strict=True):
+        yield some, rows, mode.unpack(parts, g.dtype)
+
+
+def _layout(adapters: list[nn.Module], tokens: Tensor) -> list[tuple[slice, slice]]:
+    """Which adapters of a stage are computed together, and for which of its T tokens (T, C), in order.
+
+    On a large map one product of an adapter keeps the processor busy. On a small one it is computed faster than called;
+    there the adapters of as many blocks share a batched product as give it the size of a slice of a large map.
+    """
+    rows, count = frozen_stream.slices(tokens), len(adapters)
+    alike = len({(type(adapter), *(p.shape for p in adapter.inner)) for adapter in adapters}) == 1
+    if len(rows) == 1 and alike and 4 * len(tokens) <= (most := frozen_stream.rows_per_slice(tokens.device)):
+        size = most // len(tokens) // 2 * 2  # adapters; both of a block
+        return [(slice(i, min(i + size, count)), rows[0]) for i in range(0, count, size)]
+    return [(slice(i, i + 1), some) for block in range(0, count, 2) for some in rows for i in (block, block + 1)]
+
+
+def _project(
+    adapters: list[nn.Module], taps: Tensor, grad_z: Tensor | None = None, grads: Gradients | None = None
+) -> Tensor:
+    """The bottlenecks ``z`` of K adapters, (K, tokens, C) -> (K, tokens, width).
+
+    Args:
+        grad_z: The gradient of the result; with it, those of the adapters' inner parameters are added to ``grads``.
+    """
+    kinds = list(zip(*(adapter.inner for adapter in adapters), strict=True))
+    stacked = [torch.stack(kind) if len(kind) > 1 else kind[0][None] for kind in kinds]
+    if grad_z is None:
+        return type(adapters[0]).project(taps, *stacked)
+    z, *gradients = type(adapters[0]).project_again(taps, grad_z.to(taps.dtype), *stacked)
+    for kind, gradient in zip(kinds, gradients, strict=True):
+        for p, one in zip(kind, gradient.to(kind[0].dtype), strict=True):
+            if p.requires_grad:  # a tensor of its own
+                grads[p] = grads[p].add_(one) if p in grads else one.clone() if len(kind) > 1 else one
+    return z
+
+
+def _vjp_of_reduction(reduction: nn.Module, e: Tensor, grad_y: Tensor, grads: Gradients) -> Tensor:
     """As :func:`_vjp`. The output of a frozen linear layer is not needed for its input's gradient."""
     trained = _trained(reduction)
     if trained or not isinstance(reduction, PatchMerging):
@@ -230,37 +269,30 @@ def _vjp_of_reduction(reduction: nn.Module, e: Tensor, grad_y: Tensor, grads: Gr
 
 def _vjp(
     function: Callable[[Tensor], Tensor], x: Tensor, grad_y: Tensor, trained: list[nn.Parameter], grads: Gradients
-) -> Sequence[Tensor]:
+) -> Tensor:
     """Vector-Jacobian product of ``y = function(x)``: returns that of ``x``, adds those of ``trained`` to ``grads``."""
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         y = function(x)
-    return _grad([y], [grad_y], trained, grads, x)
-
-
-def _grad(
-    outputs: list[Tensor], grad_outputs: list[Tensor], trained: list[nn.Parameter], grads: Gradients, *inputs: Tensor
-) -> Sequence[Tensor]:
-    """:func:`torch.autograd.grad`: returns the gradients of ``inputs``, adds those of ``trained`` to ``grads``."""
-    if not any(y.requires_grad for y in outputs):
-        return ()
-    grad_outputs = [g.to(y.dtype) for g, y in zip(grad_outputs, outputs, strict=True)]
-    gradients = torch.autograd.grad(outputs, [*trained, *inputs], grad_outputs, allow_unused=True)
-    for p, gradient in zip(trained, gradients[: len(trained)], strict=True):
-        if gradient is not None:
-            grads[p] = gradient if p not in grads else grads[p].add_(gradient)
-    return gradients[len(trained) :]
+    grad_x, *gradients = torch.autograd.grad(y, [x, *trained], grad_y.to(y.dtype))
+    grads.update(zip(trained, gradients, strict=True))
+    return grad_x
 
 
 def _trained(module: nn.Module) -> list[nn.Parameter]:
     return [p for p in module.parameters() if p.requires_grad]
 
 
-def _concatenate_outer(adapters: list[list[nn.Module]]) -> tuple[Tensor, Tensor, list[tuple[slice, ...]]]:
-    """The outer factors of a stage as one (C, all bottlenecks), the sum of its biases, and each block's two columns."""
-    outer, bias = zip(*(adapter.outer for adapter in _flat(adapters)), strict=True)
+def _concatenate_outer(adapters: list[nn.Module]) -> tuple[Tensor, Tensor, list[slice]]:
+    """The outer factors of a stage as one (C, all bottlenecks), the sum of its biases, and each adapter's columns."""
+    outer, bias = zip(*(adapter.outer for adapter in adapters), strict=True)
     columns = [slice(*ends) for ends in pairwise(accumulate((w.shape[1] for w in outer), initial=0))]
-    return torch.cat(outer, dim=1), torch.stack(bias).sum(dim=0), list(zip(columns[::2], columns[1::2], strict=True))
+    return torch.cat(outer, dim=1), torch.stack(bias).sum(dim=0), columns
+
+
+def _columns(z: Tensor, rows: slice, columns: list[slice]) -> Tensor:
+    """The part of z (T, all bottlenecks) that belongs to K neighbouring adapters, as (K, tokens, width)."""
+    return z[rows, columns[0].start : columns[-1].stop].unflatten(-1, (len(columns), -1)).transpose(0, 1)
 
 
 def _flat(pairs) -> list:

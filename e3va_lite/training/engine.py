@@ -42,13 +42,14 @@ def build_model(recipe: Recipe, num_classes: int) -> nn.Module:
 POSITIONS = re.compile(r"relative_position_bias_table|cpb_mlp|logit_scale|pos_embed|cls_token|reg_token")
 
 
-def build_optimizer(model: nn.Module, recipe: Recipe, foreach: bool | None = None) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """AdamW on the trainable parameters; layer norms and position parameters have no weight decay, as is usual.
+
+    It is the fused one, which updates all parameters in one kernel: adapters have many small parameters.
 
     Args:
         model: Its neck and heads learn at the recipe's ``head_lr``, where there is one, everything else at ``lr``.
         recipe: Learning rates, weight decay and betas.
-        foreach: Passed to AdamW: update all parameters at once.  Default: on CUDA only.
     """
     norms = {id(p) for m in model.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters(recurse=False)}
     groups: dict[tuple[float, float], list[Tensor]] = {}
@@ -61,7 +62,7 @@ def build_optimizer(model: nn.Module, recipe: Recipe, foreach: bool | None = Non
     return torch.optim.AdamW(
         [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()],
         betas=tuple(recipe.betas),
-        foreach=foreach,
+        fused=True,
     )
 
 

@@ -83,12 +83,12 @@ class FeatureCache:
         return self._read(_input(index)) if index else x
 
     def run(self, index: int, x: Tensor) -> frozen_stream.Taps:
+        x.copy_(self.output(index))  # as the stream has it when the last tap is read
         blocks = sum(name.startswith(f"stage{index + 1}-block") for name in self.arrays) // 2
         for block in range(blocks):
             taps = [self._read(_tap(index, block, number)).flatten(0, 2) for number in (0, 1)]
             for rows in frozen_stream.slices(taps[0]):
                 yield block, rows, (taps[0][rows], taps[1][rows])
-        x.copy_(self.output(index))
 
 
 def _output(index: int) -> str:

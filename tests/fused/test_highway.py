@@ -9,11 +9,12 @@ from click.testing import CliRunner
 from torch import nn
 
 from e3va_lite import InputError, build_backbone
+from e3va_lite.adapters import LowRankAdapter
 from e3va_lite.analysis.isolation import random_functional
 from e3va_lite.analysis.memory import ledger
 from e3va_lite.backbones.swin import create_swin, embed, f_p1, f_p2
 from e3va_lite.cli import cli
-from e3va_lite.fused import frozen_stream
+from e3va_lite.fused import frozen_stream, highway
 from e3va_lite.fused.int8 import BLOCK, block_of, pack, unpack
 from e3va_lite.highway import MEMORY
 
@@ -59,6 +60,33 @@ def gradients(backbone, images):
 
 def relative(a, b):
     return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize(("tokens", "together"), [(1000, [4, 4, 4]), (500, [8, 4]), (10, [12]), (1025, [1] * 12)])
+def test_adapters_on_small_maps_share_a_product(monkeypatch, tokens, together):
+    monkeypatch.setattr(frozen_stream, "ROWS", {"cpu": 4096, "gpu": 4096})
+    adapters = [LowRankAdapter(8, rank=1) for _ in range(12)]
+    layout = highway._layout(adapters, torch.empty(tokens, 8))
+    assert [some.stop - some.start for some, _ in layout] == together
+    adapters[3] = LowRankAdapter(8, rank=2)  # it cannot be stacked with the others
+    assert len(highway._layout(adapters, torch.empty(tokens, 8))) == 12
+
+
+@pytest.mark.parametrize("memory", EXACT)
+@pytest.mark.parametrize("rows", [100, 1000, 4096])
+@pytest.mark.parametrize("adapter", ["low_rank", "standard"])
+def test_the_size_of_slices_and_groups_makes_no_difference(monkeypatch, adapter, rows, memory):
+    monkeypatch.setattr(frozen_stream, "ROWS", {"cpu": rows, "gpu": rows})
+    backbone = build_backbone("e3va", "swin_nano_deep", adapter=adapter, memory=memory).double()
+    for p in backbone.adapters.parameters():
+        p.data += 0.2 * torch.randn_like(p)
+    images = torch.randn(2, 3, 64, 96, dtype=torch.float64)
+    maps, found = gradients(backbone, images)
+    backbone.memory = "reference"
+    expected_maps, expected = gradients(backbone, images)
+    assert all(relative(a, b) < 1e-10 for a, b in zip(maps, expected_maps, strict=True))
+    assert found.keys() == expected.keys()
+    assert all(relative(found[name], expected[name]) < 1e-10 for name in found)
 
 
 @pytest.mark.parametrize("memory", EXACT)
@@ -179,7 +207,8 @@ def test_what_is_kept():
     tokens = [2 * (96 // s) * (128 // s) for s in (4, 8, 16, 32)]
     maps = [tokens * dim for tokens, dim in zip(tokens, (40, 80, 160, 320), strict=True)]  # numbers in the four maps
     scales = [count / block for count, block in zip(maps, (40, 40, 40, 64), strict=True)]
-    taps = 4 * 4 * sum(maps) + 2 * 4 * (40 + 80 + 160 + 320)  # four a stage, and a row for the padding in every block
+    # Four a stage, and a row for the padding in every block of the stages whose taps are not stacked.
+    taps = 4 * 4 * sum(maps) + 2 * 4 * (40 + 80 + 160)
     assert kept["store"] - kept["recompute"] == taps
     packed = sum(maps) + 2 * sum(scales)
     assert kept["store"] - kept["compress"] == taps - 4 * packed + 4 * sum(maps) - packed  # and the highway's own maps
