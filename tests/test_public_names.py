@@ -50,8 +50,8 @@ MODULES = {
 }
 
 TRAIN = (
-    "--root --recipe --method --backbone --memory --set --weights --init --out --resume --device --strict --overwrite "
-    "--json"
+    "--root --recipe --method --backbone --memory --set --weights --init --out --resume --cache --device --strict "
+    "--overwrite --json"
 )
 COST = "--recipe --backbone --methods --size --precision --checkpointing --memory --set"
 COMMANDS = {
@@ -69,8 +69,8 @@ COMMANDS = {
     "eval": "RUN --root --split --best --weights --device --strict --json",
     "predict": "RUN IMAGES... --out --threshold --annotations --skip-bad --best --weights --device --overwrite --json",
     "export": "RUN --out --backbone-only --best --weights",
-    "reproduce": "--part --quick --data --out --jobs --costs --device",
-    "report": "LINES --out --price",
+    "reproduce": "--part --quick --photographs --set --data --out --jobs --costs --cache --device",
+    "report": "LINES... --out --price",
     "pretrain": (
         "BACKBONE --images --generated --teacher --teacher-weights --out --steps --batch --lr --size --ema --no-ema "
         "--seed --workers --cache --device --overwrite --json"

@@ -44,8 +44,8 @@ from .studies import (
     ON_PHOTOGRAPHS,
     PAPERS_WIDTHS,
     STUDIES,
-    VIT,
     VIT_KIND,
+    spec_for,
 )
 
 METRICS = {
@@ -120,6 +120,7 @@ def _arm(runs: list[dict]) -> dict | None:
     scores = [tested[seed]["score"] for seed in sorted(tested)]
     mean, half = interval(scores)
     return {
+        "spec": spec_for(runs[0]["arm"], runs[0].get("recipe", {}).get("backbone", "swin_nano")),
         "lr": lr,
         "tried": {str(rate): score for rate, score in sorted(tried.items())},
         "scores": dict(zip(map(str, sorted(tested)), scores, strict=True)),
@@ -157,7 +158,7 @@ def _on_photographs(found: dict, studies: dict) -> list[str]:
         "methods": _methods(studies, *PHOTOGRAPH_PLACES, names=names),
         "variants of E3VA": _variants(detection, variants),
         "neighbours that cut the backward pass, too": _variants(detection, neighbours),
-        names.get(VIT_KIND, "a ViT"): _variants(vit, ("full", "fixed", *VIT)),
+        names.get(VIT_KIND, "a ViT"): _variants(vit, ("full", "fixed", "e3va", "lora")),
         "claims": claim_table(found["claims"], names, PHOTOGRAPH_CLAIMS, near),
     }
     return _titled(sections, "On photographs: ")
@@ -271,7 +272,8 @@ def _methods(studies: dict, *columns: str, names: dict[str, str] | None = None) 
         if not any(found.values()):
             continue
         trained = dict.fromkeys(f"{cell['trainable']:,}" for cell in found.values() if cell)  # tasks differ in stages
-        row = [f"`{ARMS[arm].spec}`" if arm in METHODS else arm, " / ".join(trained)]
+        specs = dict.fromkeys(f"`{cell['spec']}`" for cell in found.values() if cell)
+        row = [" / ".join(specs) if arm in METHODS else arm, " / ".join(trained)]
         for study, cell in found.items():
             row += [_score(cell), _mib(cell), *([printed(places[study], arm)] if study in places else [])]
         rows.append(row)
@@ -298,7 +300,7 @@ def _variants(arms: dict, names: Iterable[str]) -> str:
     rows = []
     for name, arm in ((name, arms[name]) for name in names if name in arms):
         speed = f"{arm['images_per_second']:.1f}" if "images_per_second" in arm else ""
-        rows.append([name, f"`{ARMS[name].spec}`", f"{arm['trainable']:,}", _score(arm), _mib(arm), speed])
+        rows.append([name, f"`{arm['spec']}`", f"{arm['trainable']:,}", _score(arm), _mib(arm), speed])
     header = ["", "options", "trained", METRICS["detection"], "peak, MiB", "images/s, inference"]
     return _table(header, rows if len(rows) > 1 else [])
 

@@ -42,7 +42,7 @@ from ..tasks.registry import task_module
 from ..training.engine import build_model, evaluate, fit, machine
 from ..training.feature_cache import cached, can_be_cached
 from .jsonl import append_line
-from .studies import ARMS, RATES, Photographs, Scenes, first_rates
+from .studies import ARMS, RATES, Photographs, Scenes, first_rates, spec_for
 
 Study = Scenes | Photographs
 CHOOSE_SEED = 1000  # of the runs that choose; those that are judged have 0, 1, ...
@@ -77,7 +77,7 @@ class Run:
             fields["head_lr"] = self.head_lr
         if arm.spec == "fixed":  # nothing learns but neck and heads, and theirs is the rate that it chooses
             fields["head_lr"] = self.lr
-        return with_method(replace(recipe, **fields), arm.spec)
+        return with_method(replace(recipe, **fields), spec_for(self.arm, fields.get("backbone", recipe.backbone)))
 
     def key(self) -> dict:
         """What tells this run from the others of an experiment, as in its line."""

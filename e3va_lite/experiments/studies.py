@@ -16,9 +16,11 @@ import numpy as np
 from torch.utils.data import Dataset, Subset
 
 from ..analysis.training_step import training_size
+from ..backbones.swin import MINIATURES
 from ..datasets.shapes import VERSION, WORLDS, write_scenes
 from ..errors import InputError, unknown
 from ..files import replacing
+from ..methods.registry import parse_method
 from ..recipes.schema import Recipe, load_recipe
 from ..tasks.registry import task_module
 
@@ -38,8 +40,9 @@ class Arm:
     backbone: str | None = None
 
 
-# A quarter of the paper's ranks and widths, for the backbone is about a quarter as wide as Swin-B and Swin-L: so two
-# branches span less than the middle dimension in every stage. The paper's own are e3va++'s and ``PAPERS_WIDTHS``.
+# A quarter of the paper's ranks and widths, for the miniatures are about a quarter as wide as Swin-B and Swin-L: so two
+# branches span less than the middle dimension in every stage. The paper's own are e3va++'s and ``PAPERS_WIDTHS``; with
+# other backbones :func:`spec_for` restores them.
 METHODS = {
     "full": Arm("full"),
     "fixed": Arm("fixed"),
@@ -79,13 +82,24 @@ PAPERS_WIDTHS = {
 }
 # They cut the backward pass, too; with as many parameters as "e3va", as nearly as their widths allow.
 NEIGHBOURS = {"lst": Arm("lst:narrower=20"), "losa": Arm("losa:rank=18")}
-#: The paper's own ranks, for a backbone that is not a miniature.
-VIT = {"e3va, the paper's rank": Arm("e3va"), "lora, rank 64": Arm("lora")}
 LARGER = {
     "larger backbone, fixed": Arm("fixed", backbone="swin_nano_deep"),
     "larger backbone, e3va": Arm("e3va:rank=2", backbone="swin_nano_deep"),
 }
-ARMS = METHODS | NEIGHBOURS | CONTROLS | ABLATIONS | PAPERS_WIDTHS | VIT | LARGER
+ARMS = METHODS | NEIGHBOURS | CONTROLS | ABLATIONS | PAPERS_WIDTHS | LARGER
+QUARTER = 4
+
+
+def spec_for(arm: str, backbone: str) -> str:
+    """An arm's method with a backbone: as it is with the miniatures, with four times its rank and width with others."""
+    spec = ARMS[arm].spec
+    if backbone in MINIATURES:
+        return spec
+    method, options = parse_method(spec)
+    larger = {key: value * QUARTER if key in ("rank", "middle") else value for key, value in options.items()}
+    return f"{method}:{','.join(f'{key}={value}' for key, value in larger.items())}".rstrip(":")
+
+
 CORE = ("fixed", "adapter", "e3va", "full")
 REST = [*(name for name in METHODS if name not in CORE), *CONTROLS]
 
@@ -313,7 +327,7 @@ PHOTOGRAPH_PARTS: dict[str, list[tuple[str, str]]] = {
     "few": [("photographs, few", arm) for arm in COMPARED],
     "design": [("photographs, detection", arm) for arm in DESIGN],
     "methods": [("photographs, detection", arm) for arm in OTHERS],
-    "vit": [("photographs, ViT", arm) for arm in ("fixed", *VIT, "full")],
+    "vit": [("photographs, ViT", arm) for arm in ("fixed", "e3va", "lora", "full")],
 }
 
 

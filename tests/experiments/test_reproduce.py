@@ -26,6 +26,7 @@ from e3va_lite.experiments.studies import (
     RATES,
     STUDIES,
     photograph_studies,
+    spec_for,
     write_lists,
 )
 from e3va_lite.methods.registry import METHODS as WAYS
@@ -105,6 +106,12 @@ def test_the_twelve_ways_with_ranks_that_are_low(recwarn):
         assert method == name.rstrip("+")
         build_backbone(method, "swin_nano", **options)
     assert not [warning for warning in recwarn if "no longer low" in str(warning.message)]
+
+
+def test_other_backbones_get_the_papers_ranks():
+    assert spec_for("e3va", "swin_nano_deep") == "e3va:rank=2" and spec_for("full", "swin_large") == "full"
+    assert spec_for("e3va", "swin_large") == "e3va:rank=8" and spec_for("lora", "vit_small") == "lora:rank=64"
+    assert spec_for("standard", "swin_large") == "e3va:adapter=standard,middle=32"  # Table 5's
 
 
 def test_the_standard_adapters_have_as_many_parameters():

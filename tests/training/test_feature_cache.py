@@ -1,5 +1,7 @@
 """Training on stored maps of a frozen backbone: the same as computing them at every step; refused where it is not."""
 
+import unittest.mock
+
 import pytest
 import torch
 from torch.utils.data import Subset
@@ -8,7 +10,7 @@ from e3va_lite import InputError
 from e3va_lite.datasets.shapes import write_scenes
 from e3va_lite.recipes.schema import load_recipe
 from e3va_lite.tasks.registry import task_module
-from e3va_lite.training import feature_cache
+from e3va_lite.training import feature_cache, runs
 from e3va_lite.training.engine import build_model, fit
 from e3va_lite.training.feature_cache import cached
 
@@ -120,3 +122,16 @@ def test_images_of_random_sizes_and_disks_that_are_too_small(root, tmp_path, mon
     with pytest.raises(InputError, match="choose another disk"), cached(model, dataset, recipe, tmp_path, CPU):
         pass
     assert not list(tmp_path.rglob("*.npy"))
+
+
+def test_a_run_with_a_cache_goes_on_where_it_was_cut_off(root, tmp_path):
+    """The command's way, with an evaluation between two steps."""
+    whole = recipe_for("e3va", {"rank": 2}, eval_split="val", train_split="train", eval_every=1, steps=2)
+    options = {"root": root, "device": CPU, "cache": tmp_path / "maps"}
+    plain = runs.train(recipe=whole, run=tmp_path / "plain", **{**options, "cache": None})
+    with pytest.raises(InputError, match="stop here"):
+        with unittest.mock.patch.object(runs._Recorder, "_evaluate", side_effect=InputError("stop here")):
+            runs.train(recipe=whole, run=tmp_path / "cut", **options)
+    again = runs.train(recipe=whole, run=tmp_path / "cut", resume=True, **options)
+    assert again["evaluations"] == plain["evaluations"] and len(again["evaluations"]) == 2
+    assert (tmp_path / "cut/losses.csv").read_text() == (tmp_path / "plain/losses.csv").read_text()
