@@ -129,9 +129,9 @@ def test_a_run_with_a_cache_goes_on_where_it_was_cut_off(root, tmp_path):
     whole = recipe_for("e3va", {"rank": 2}, eval_split="val", train_split="train", eval_every=1, steps=2)
     options = {"root": root, "device": CPU, "cache": tmp_path / "maps"}
     plain = runs.train(recipe=whole, run=tmp_path / "plain", **{**options, "cache": None})
-    with pytest.raises(InputError, match="stop here"):
-        with unittest.mock.patch.object(runs._Recorder, "_evaluate", side_effect=InputError("stop here")):
-            runs.train(recipe=whole, run=tmp_path / "cut", **options)
+    cut = unittest.mock.patch.object(runs._Recorder, "_evaluate", side_effect=InputError("stop here"))
+    with cut, pytest.raises(InputError, match="stop here"):
+        runs.train(recipe=whole, run=tmp_path / "cut", **options)
     again = runs.train(recipe=whole, run=tmp_path / "cut", resume=True, **options)
     assert again["evaluations"] == plain["evaluations"] and len(again["evaluations"]) == 2
     assert (tmp_path / "cut/losses.csv").read_text() == (tmp_path / "plain/losses.csv").read_text()
