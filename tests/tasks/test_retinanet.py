@@ -308,7 +308,7 @@ def test_maps_that_are_not_nchw_are_refused():
 
 
 def test_training_images_on_a_canvas():
-    """A square of its own size, whatever else is in the batch; an image alone is padded as ever when it is evaluated."""
+    """A square of its own size, whatever else is in the batch; for an evaluation an image is padded as ever."""
     model, images = tiny(size=64, canvas=80), [torch.rand(3, 64, 48), torch.rand(3, 32, 64)]
     together = model.train().transform(images)[0].tensors
     assert together.shape == (2, 3, 96, 96)  # a multiple of 32
