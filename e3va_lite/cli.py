@@ -53,10 +53,11 @@ def cli() -> None:
 
 
 def _fields(context: click.Context, parameter: click.Parameter, settings: tuple[str, ...]) -> dict[str, str]:
-    """``FIELD=VALUE`` several times as a dictionary."""
+    """The values of an option ``NAME=VALUE`` that was given several times."""
     for setting in settings:
         if "=" not in setting:
-            raise InputError(f"--set {setting} is not understood: write --set FIELD=VALUE.")
+            option = parameter.opts[0]
+            raise InputError(f"{option} {setting} is not understood: write {option} {parameter.metavar}.")
     return dict(setting.split("=", 1) for setting in settings)
 
 
@@ -72,6 +73,9 @@ WEIGHTS = option("--weights", help="File of the pretrained weights, where it is 
 BEST = option("--best", is_flag=True, help="The checkpoint with the best metric.  [default: the last one]")
 STRICT = option("--strict", is_flag=True, help="Boxes without area or outside the image are errors, not warnings.")
 CACHE = option("--cache", type=PATH, default="data/cache", help="Folder for decoded photographs.")
+MAPS = option(
+    "--cache", type=PATH, help="Folder for the maps of a frozen backbone, computed once: RetinaNet with fixed or e3va."
+)
 TEACHER = option("--teacher", help="A larger pretrained ViT of timm, e.g. vit_small_patch14_dinov2.")
 TEACHER_FILE = option(
     "--teacher-weights", type=PATH, help="File of the teacher's weights.  [default: timm's, from its hub]"
@@ -261,6 +265,7 @@ def _train_command(task: str, help: str) -> None:
     @option("--init", type=PATH, help="Start from what fits of an earlier run, or of an exported file.")
     @option("--out", type=PATH, help="Folder of the run.  [default: runs/RECIPE-METHOD, and a number if taken]")
     @option("--resume", is_flag=True, help="Go on where the run was cut off: same command, and this.")
+    @MAPS
     @options(DEVICE, STRICT, OVERWRITE, JSON)
     def command(
         recipe, method, backbone, mode, settings, weights, out, resume, device, overwrite, as_json, **others
@@ -457,56 +462,90 @@ def bench(out, minutes, quick, device, overwrite, as_json) -> None:
 
 
 @cli.command()
-@option("--part", "parts", multiple=True, help="May be repeated.  [default: all, core first]")
+@option("--part", "parts", multiple=True, help="May be repeated.  [default: all, the most urgent first]")
 @option("--quick", is_flag=True, help="Four methods, one task, shorter: minutes. Shows how it works, proves nothing.")
+@option(
+    "--photographs",
+    multiple=True,
+    callback=_fields,
+    metavar="STUDY=ROOT",
+    help="Photographs instead of scenes, for detection, segmentation, instances or vit; may be repeated.",
+)
+@option(
+    "--set", "settings", multiple=True, callback=_fields, metavar="STUDY.FIELD=VALUE",
+    help="Of a study on photographs: a field of its recipe, 'recipe' itself, or 'name'; may be repeated.",
+)  # fmt: skip
 @option("--data", type=PATH, default="data/mini", help="For the generated scenes.")
 @option("--out", type=PATH, default="runs/reproduce.jsonl", help="A line per finished run.")
 @option("--jobs", type=POSITIVE, help="Runs at a time.  [default: one per CPU core; with CUDA, 4]")
 @option("--costs", is_flag=True, help="Measure memory and time instead; for a machine that does nothing else.")
-@DEVICE
-def reproduce(parts, quick, data, out, jobs, costs, device) -> None:
+@options(MAPS, DEVICE)
+def reproduce(parts, quick, photographs, settings, data, out, jobs, costs, cache, device) -> None:
     """The paper in miniature: all fine-tuning methods, three tasks, ablations, over several seeds.
 
     Parts: core, few, instances, methods, few-methods, larger, widths, neighbours, ablations. Some hours on two
     cores. Stop it whenever you want: the same command goes on with the runs that are missing. `e3va report` says what
     came out.
+
+    With --photographs the parts are detection, segmentation, instances, few, design, methods, vit. ROOT is a folder in
+    the layout of Pascal VOC 2007, ADE20K or COCO 2017; --set says how yours differs, and where the weights of
+    vit are: --photographs vit=ROOT --set vit.weights=FILE. Which images were used is written beside OUT.
     """
     from .experiments.jsonl import append_line, read_lines
-    from .experiments.reproduce import PARTS, QUICK, measure_costs, run_experiment
+    from .experiments.reproduce import measure_costs, run_experiment
+    from .experiments.studies import PARTS, PHOTOGRAPH_PARTS, QUICK, STUDIES, photograph_studies, write_lists
 
-    for part in parts:
-        if part not in PARTS:
-            raise unknown("part", part, PARTS)
     check_place(out, overwrite=True)
-    check_place(data, overwrite=True, folder=True)
-    arms = QUICK if quick else [pair for part in parts or PARTS for pair in PARTS[part]]
+    if photographs:
+        if quick:
+            raise InputError("--quick is for generated scenes: leave out --photographs, or choose a part with --part.")
+        roots = {word: Path(root) for word, root in photographs.items()}
+        studies, known = photograph_studies(roots, settings), PHOTOGRAPH_PARTS
+        write_lists(studies.values(), out.with_name(f"{out.stem}-images.json"))
+    elif settings:
+        raise InputError("--set is for studies on photographs: give --photographs, too.")
+    else:
+        check_place(data, overwrite=True, folder=True)
+        studies, known = STUDIES, {"quick": QUICK} if quick else PARTS
+    for part in parts:
+        if part not in known:
+            raise unknown("part", part, known)
+    chosen = [[(studies[kind], arm) for kind, arm in known[part] if kind in studies] for part in parts or known]
     where = _device(device)
     if costs:
-        for line in measure_costs(arms, where):
+        for line in measure_costs([pair for part in chosen for pair in part], where):
             append_line(out, line)
         return
     jobs = jobs or (4 if where.type == "cuda" else os.cpu_count() or 1)
-    run_experiment(arms, read_lines(out), out, data, where, jobs)
+    run_experiment(chosen, read_lines(out), out, data, where, jobs, cache)
     click.echo(f"saved: {out}; 'e3va report {out}' says what came out.")
 
 
 @cli.command()
-@argument("lines", type=PATH)
-@option("--out", type=PATH, help="Folder for report.md, report.json and figures.  [default: beside LINES]")
+@argument("lines", nargs=-1, required=True, type=PATH)
+@option("--out", type=PATH, help="Folder for report.md, report.json and figures.  [default: beside the first of LINES]")
 @option("--price", type=PATH, help="Of `e3va time --json`: what neighbours cost at full size, for a figure.")
 def report(lines, out, price) -> None:
-    """What the runs in LINES say: tables beside the paper's, figures, and its claims with a verdict each."""
+    """What the runs in LINES say: tables beside the paper's, figures, and its claims with a verdict each.
+
+    LINES are one or more files of `e3va reproduce`, such as one on photographs and one on generated scenes.
+    """
     from .experiments.jsonl import read_lines
     from .experiments.report import write
 
-    found = read_lines(lines)
-    if not any(line.get("purpose") == "test" for line in found):
-        raise InputError(f"'{lines}' holds no finished runs: 'e3va reproduce --out {lines}' makes them.")
+    found = []
+    for file in lines:
+        own = read_lines(file)
+        if not any(line.get("purpose") == "test" for line in own):
+            raise InputError(f"'{file}' holds no finished runs: 'e3va reproduce --out {file}' makes them.")
+        found += own
     costs = None if price is None else _price(price)
-    out = out or lines.with_suffix("")
+    out = out or lines[0].with_suffix("")
     check_place(out, overwrite=True, folder=True)
-    for claim in write(found, out, costs)["claims"]:
-        click.echo(f"{claim['verdict']:>9}: {claim['claim']} ({claim['study']})")
+    summary = write(found, out, costs)
+    names = summary["photographs"]["names"]
+    for claim in (*summary["photographs"]["claims"], *summary["claims"]):
+        click.echo(f"{claim['verdict']:>9}: {claim['claim']} ({names.get(claim['study'], claim['study'])})")
     click.echo(f"saved: the report in {out}")
 
 

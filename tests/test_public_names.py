@@ -31,11 +31,12 @@ MODULES = {
     "backbones.swin": "NANO create_swin embed f_p1 f_p2",
     "backbones.swin_v2": "",
     "datasets.shapes": "write_scenes",
+    "experiments.claims": "DESIGN",
     "experiments.jsonl": "read_lines",
-    "experiments.reproduce": "ABLATIONS",
     "experiments.paper_tables": "OVERHEAD SWIN_B SWIN_L parameter_table printed printed_value",
-    "experiments.report": "DESIGN METRICS claim_table summarise",
+    "experiments.report": "METRICS claim_table summarise",
     "experiments.significance": "difference interval",
+    "experiments.studies": "ABLATIONS",
     "highway": "E3VA MEMORY REDUCTIONS STRUCTURES",
     "methods.inside": "plain_block serial_block",
     "methods.registry": "METHODS OTHERS build_backbone parse_method",
@@ -49,8 +50,8 @@ MODULES = {
 }
 
 TRAIN = (
-    "--root --recipe --method --backbone --memory --set --weights --init --out --resume --device --strict --overwrite "
-    "--json"
+    "--root --recipe --method --backbone --memory --set --weights --init --out --resume --cache --device --strict "
+    "--overwrite --json"
 )
 COST = "--recipe --backbone --methods --size --precision --checkpointing --memory --set"
 COMMANDS = {
@@ -69,8 +70,8 @@ COMMANDS = {
     "eval": "RUN --root --split --best --weights --device --strict --json",
     "predict": "RUN IMAGES... --out --threshold --annotations --skip-bad --best --weights --device --overwrite --json",
     "export": "RUN --out --backbone-only --best --weights",
-    "reproduce": "--part --quick --data --out --jobs --costs --device",
-    "report": "LINES --out --price",
+    "reproduce": "--part --quick --photographs --set --data --out --jobs --costs --cache --device",
+    "report": "LINES... --out --price",
     "pretrain": (
         "BACKBONE --images --generated --teacher --teacher-weights --out --steps --batch --lr --size --ema --no-ema "
         "--seed --workers --cache --device --overwrite --json"

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 
 from ..methods.registry import METHODS
@@ -177,6 +178,41 @@ def trade_offs(studies: dict, metrics: dict[str, str]) -> Figure | None:
 
 @STYLE
 @FONTS
+def memory_trade_off(studies: dict[str, dict], metrics: list[str]) -> Figure | None:
+    """Accuracy over the peak memory of a training step, a panel per study, a point with its interval per method.
+
+    Args:
+        studies: Arms by the title of their study, see :func:`e3va_lite.experiments.report.summarise`.
+        metrics: The score's name per study.
+
+    Returns:
+        None where no memory was measured.
+    """
+    panels = []
+    for (title, arms), metric in zip(studies.items(), metrics, strict=True):
+        if names := [name for name in MARKED if "peak" in arms.get(name, {})]:
+            panels.append((title, metric, {name: arms[name] for name in names}))
+    if not panels:
+        return None
+    figure = Figure(figsize=(max(4.5, 2.7 * len(panels)), 3.3), dpi=DPI)
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    handles = {}
+    for axis, (title, metric, arms) in zip(axes, panels, strict=True):
+        for name, arm in arms.items():
+            handles[name] = _score(axis, name, arm["peak"] / MIB, arm, ms=7.5, mec="white", mew=0.7, capsize=2)
+        axis.set_title(f"{title}\n{metric}, %", loc="left", fontsize=10)
+        _cost_axis(axis, "peak of a training step, MiB", logarithmic=False)
+        axis.set_xlim(right=1.12 * axis.get_xlim()[1])
+    names = [name for name in MARKED if name in handles]
+    columns = 4 if len(panels) > 1 else 3
+    style = {"loc": "lower center", "frameon": False, "fontsize": 9, "columnspacing": 1.2}
+    figure.legend([handles[name] for name in names], names, ncols=columns, **style)
+    figure.tight_layout(rect=(0, 0.07 * -(-len(names) // columns), 1, 1))
+    return figure
+
+
+@STYLE
+@FONTS
 def neighbours_figure(arms: dict, costs: dict) -> Figure | None:
     """Accuracy in miniature over the cost at full size and over trained parameters, a point with its
     interval per method.
@@ -303,10 +339,10 @@ def _absolute(entry: dict) -> str:
     return f"{_model(entry)}, {images}, {entry['precision']} (full: {takes})"
 
 
-def _score(axis: Axes, name: str, cost: float, arm: dict, **style: object) -> None:
+def _score(axis: Axes, name: str, cost: float, arm: dict, **style: object) -> ErrorbarContainer:
     """A method's score in percent with its interval, over what it costs."""
     style |= {"fmt": MARKED[name], "color": colour(name), "elinewidth": 0.8}
-    axis.errorbar(cost, 100 * arm["mean"], 100 * arm["half"], **style)
+    return axis.errorbar(cost, 100 * arm["mean"], 100 * arm["half"], **style)
 
 
 def _cost_axis(axis: Axes, label: str, logarithmic: bool) -> None:

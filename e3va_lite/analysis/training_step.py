@@ -114,6 +114,8 @@ def training_size(recipe: Recipe) -> tuple[int, int]:
     """Height and width of the largest image that the recipe trains on, as padded for a detector."""
     if recipe.task == "ade20k":
         return recipe.crop, recipe.crop
+    if (canvas := getattr(recipe, "canvas", None)) is not None:
+        return canvas, canvas
     return -(-recipe.min_size // 32) * 32, -(-recipe.max_size // 32) * 32
 
 

@@ -126,11 +126,12 @@ class TunedBackbone(nn.Module):
         out_channels: Channels of each map.
         strides: Pixels per step of each map.
         divisor: See :class:`FPNNorms`.
+        cache: Stored maps to be read in train mode, see :mod:`e3va_lite.training.feature_cache`; None: compute them.
     """
 
     def __init__(self, backbone: nn.Module, stages: tuple[int, ...], fpn_norm_trainable: bool) -> None:
         super().__init__()
-        self.backbone = backbone
+        self.backbone, self.cache = backbone, None
         self.norms = fpn_norms(backbone, stages, fpn_norm_trainable)
         self.last_stage = max(self.norms.stages)
         backbone.layers[self.last_stage :].requires_grad_(False)

@@ -8,12 +8,13 @@ mmsegmentation's own; reading is ours, since mmsegmentation reads a mask of colo
 any number for a class, and turns an image as its EXIF says without turning its mask.
 """
 
+import copy
 import csv
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -118,6 +119,17 @@ class MaskFolder(Dataset):
 
     def __len__(self) -> int:
         return len(self.pairs)
+
+    @property
+    def paths(self) -> list[Path]:
+        """The files of the images."""
+        return [pair.image for pair in self.pairs]
+
+    def only(self, indices: Iterable[int]) -> Self:
+        """The dataset of some of these images."""
+        some = copy.copy(self)
+        some.pairs = [self.pairs[i] for i in indices]
+        return some
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict]:
         name, image, mask = self.pairs[index]

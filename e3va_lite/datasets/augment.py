@@ -19,15 +19,21 @@ def augment(image: Tensor, target: dict, crop: bool) -> tuple[Tensor, dict]:
         image: (3, H, W).
         target: With ``boxes`` (N, 4) and, needed for ``crop``, ``masks`` (N, H, W).
     """
-    if torch.rand(()) < 0.5:
-        image, target = _mirrored(image, target)
+    if mirrors_now():
+        image, target = mirrored(image, target)
     if crop and torch.rand(()) < 0.5:
         short = SHORT_SIDES[int(torch.randint(len(SHORT_SIDES), ()))]
         image, target = _cropped(*_resized(image, target, short))
     return image, target
 
 
-def _mirrored(image: Tensor, target: dict) -> tuple[Tensor, dict]:
+def mirrors_now() -> bool:
+    """Whether the next image is to be mirrored: a random number."""
+    return bool(torch.rand(()) < 0.5)
+
+
+def mirrored(image: Tensor, target: dict) -> tuple[Tensor, dict]:
+    """An image and what :func:`augment` takes as its target, left and right exchanged."""
     boxes = F.horizontal_flip_bounding_boxes(target["boxes"], CORNERS, tuple(image.shape[-2:]))
     masks = {"masks": F.horizontal_flip(target["masks"])} if "masks" in target else {}
     return F.horizontal_flip(image), {**target, "boxes": boxes, **masks}

@@ -1,12 +1,13 @@
 """Images with objects in boxes: what the readers of VOC's and of COCO's layout share."""
 
+import copy
 import os
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -197,7 +198,23 @@ class ObjectDataset(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
+    @property
+    def paths(self) -> list[Path]:
+        """The files of the images."""
+        return [image.path for image in self.images]
+
+    def only(self, indices: Iterable[int]) -> Self:
+        """The dataset of some of these images."""
+        some = copy.copy(self)
+        some.images = [self.images[i] for i in indices]
+        return some
+
     def __getitem__(self, index: int) -> tuple[Tensor, dict]:
+        item = self.as_stored(index)
+        return augment(*item, self.crop) if self.train else item
+
+    def as_stored(self, index: int) -> tuple[Tensor, dict]:
+        """An item that is not augmented."""
         image, target = self.images[index], self.target(index)
         pixels = read_image(image.path, image.size, self.limits)
         if pixels.shape[:2] != image.size[::-1]:
@@ -205,8 +222,7 @@ class ObjectDataset(Dataset):
             raise InputError(f"image '{image.path}' {sizes}: correct one of the two.")
         if self.masks:
             target["masks"] = torch.from_numpy(_masks(self._targets(image), *image.size))
-        tensor = torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float() / 255
-        return augment(tensor, target, self.crop) if self.train else (tensor, target)
+        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float() / 255, target
 
     def target(self, index: int) -> dict:
         image = self.images[index]

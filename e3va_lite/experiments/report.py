@@ -1,28 +1,53 @@
 """What the runs of :mod:`e3va_lite.experiments.reproduce` say: the paper's tables, its claims with a verdict each.
 
-Everything is computed from the lines of finished runs. Two points (.02) of AP or mIoU are the margin below which two
-methods count as near each other; the p-values of all claims are corrected together (Holm), and so are those of
-all premises; a run that diverged counts with a score of 0.
+Everything is computed from the lines of finished runs; a run that diverged counts with a score of 0. Studies on
+photographs come first. Where there are any, what is said of generated scenes is short.
 
-What was not written down before the experiment's own runs: the world of the scenes, which was changed after a first one
-in which E3VA did nothing (its lines are in ``data/results/reproduce-cluttered.jsonl``); and the study ``longer``, added
-when detection and segmentation had shown E3VA near a frozen backbone after 250 steps. The ablations, none of which had
-been run, moved there, for variants of something that does nothing cannot be told apart.
+What was not written down before the experiment's own runs on generated scenes: their world, which was changed after a
+first one in which E3VA did nothing (its lines are in ``data/results/reproduce-cluttered.jsonl``); and the study
+``longer``, added when detection and segmentation had shown E3VA near a frozen backbone after 250 steps. The ablations,
+none of which had been run, moved there, for variants of something that does nothing cannot be told apart.
 """
 
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 
-from ..analysis.plots import neighbours_figure, trade_offs
+from ..analysis.plots import memory_trade_off, neighbours_figure, trade_offs
 from ..analysis.text_table import percent
 from ..recipes.schema import load_recipe
+from .claims import (
+    CLAIMS,
+    DETECTION,
+    NEAR,
+    NEAR_ON_PHOTOGRAPHS,
+    PHOTOGRAPH_CLAIMS,
+    PHOTOGRAPH_PLACES,
+    PHOTOGRAPH_PREMISES,
+    PLACES,
+    PREMISES,
+    Claim,
+    judged,
+    printed,
+)
 from .paper_tables import printed_value
-from .reproduce import ABLATIONS, ARMS, CONTROLS, LARGER, METHODS, NEIGHBOURS, PAPERS_WIDTHS, STUDIES, chosen_rate
-from .significance import LEVEL, Difference, difference, holm, interval
+from .reproduce import chosen_rate
+from .significance import MOST_SEEDS, interval
+from .studies import (
+    ABLATIONS,
+    ARMS,
+    CONTROLS,
+    FEW_KIND,
+    LARGER,
+    METHODS,
+    NEIGHBOURS,
+    ON_PHOTOGRAPHS,
+    PAPERS_WIDTHS,
+    STUDIES,
+    VIT_KIND,
+    spec_for,
+)
 
-NEAR, ROOM = 0.02, 0.05
 METRICS = {
     "detection": "AP at IoU .5",
     "few images": "AP at IoU .5",
@@ -30,112 +55,15 @@ METRICS = {
     "instances": "AP of boxes, IoU .50:.95",
     "longer": "AP at IoU .5",
     "quick": "AP at IoU .5",
+    "photographs, detection": "AP at IoU .5",
+    "photographs, segmentation": "mIoU",
+    "photographs, instances": "AP of boxes, IoU .50:.95",
+    FEW_KIND: "AP at IoU .5",
+    VIT_KIND: "AP at IoU .5",
 }
-
-
 TWO_BRANCHES = """One low-rank branch of twice the rank against two branches: outputs and updates are the same, which
 `tests/test_adapters.py` shows. No run can tell them apart."""
-
-
-@dataclass(frozen=True)
-class Claim:
-    """Something that can hold or not: in ``study``, the score of ``a`` exceeds that of ``b`` by more than ``margin``.
-
-    Attributes:
-        margin: Negative where a may be a little worse.
-        evidence: The paper's table, its rows for a and b, and the column; None for a question of our own.
-    """
-
-    text: str
-    study: str
-    a: str
-    b: str
-    margin: float = 0.0
-    evidence: tuple[str, str, str, str] | None = None
-
-    def printed(self) -> str:
-        """The paper's two numbers."""
-        if self.evidence is None:
-            return "our question"
-        table, *rows, column = self.evidence
-        first, second = (_printed((table, column), row) for row in rows)
-        found = f"{first} against {second}" if first and second else "not legible"
-        return f"Table {table[-1]}: {found}"
-
-
-#: The paper's table and column for each study; it calls Pascal VOC a small data set.
-PLACES = {
-    "detection": ("table1", "ap_voc"),
-    "few images": ("table1", "ap_voc"),
-    "segmentation": ("table1", "miou_ade20k"),
-    "instances": ("table2", "ap_box"),
-    "longer": ("table1", "ap_voc"),
-}
-#: What E3VA is compared with in the longer detection: claim, the other arm, margin, rows of the paper's table.
-DESIGN = (
-    (
-        "Low-rank adapters are better than standard ones of as many parameters",
-        "standard, as many parameters",
-        0.0,
-        ("table5", "low-rank", "standard"),
-    ),
-    ("Parallel adapters are better than stacked ones", "stacked", 0.0, ("table5", "parallel", "stacked")),
-    ("Parallel adapters are better than chained ones", "chained", 0.0, ("table5", "parallel", "stacked")),
-    (
-        "Inherited reductions are near trainable ones",
-        "trainable reductions",
-        -NEAR,
-        ("table6", "reductions inherited", "reductions trainable"),
-    ),
-    (
-        "Trained norms before the neck are better than fixed ones",
-        "fixed norms",
-        0.0,
-        ("table6", "norms trainable", "norms fixed"),
-    ),
-    ("Norm(e) is better than Norm(e + l)", "e + l", 0.0, None),
-    ("A start at the identity is better than a random one", "random start", 0.0, None),
-)
-
-
-def _claims() -> Iterator[Claim]:
-    for study, (table, column) in PLACES.items():
-        few = study == "few images"  # there the paper's claim is that full fine-tuning overfits
-        about_full = "better than" if few else "near"
-        for text, b, margin in (
-            ("E3VA is better than a frozen backbone", "fixed", 0.0),
-            ("E3VA is near adapters inside the backbone", "adapter", -NEAR),
-            (f"E3VA is {about_full} full fine-tuning", "full", 0.0 if few else -NEAR),
-        ):
-            yield Claim(text, study, "e3va", b, margin, (table, "e3va", b, column))
-        text = "E3VA is better than a frozen backbone with trained norms before the neck"
-        yield Claim(text, study, "e3va", "fixed, norms trained")
-    for study in ("detection", "segmentation", "longer"):
-        table, column = PLACES[study]
-        for a, b in (("e3va+", "e3va"), ("e3va++", "e3va+")):
-            yield Claim(f"{a} is better than {b}", study, a, b, 0.0, (table, a, b, column))
-    for study in ("detection", "instances"):
-        text = "The larger backbone under E3VA is better than the smaller one fully tuned"
-        evidence = ("table2", "e3va on Swin-L", "full", "ap_box") if study == "instances" else None
-        yield Claim(text, study, "larger backbone, e3va", "full", 0.0, evidence)
-    for name in NEIGHBOURS:
-        yield Claim(f"E3VA is better than {name} of as many parameters", "longer", "e3va", name)
-    for text, b, margin, rows in DESIGN:
-        yield Claim(text, "longer", "e3va", b, margin, None if rows is None else (*rows, "ap_voc"))
-
-
-def _premises() -> Iterator[Claim]:
-    for study in ("detection", "segmentation", "instances", "longer"):
-        yield Claim("A frozen pretrained backbone is better than training from scratch", study, "fixed", "from scratch")
-        text = "A pretrained backbone, fully tuned, is better than training from scratch"
-        yield Claim(text, study, "full", "from scratch")
-        text = f"A frozen backbone leaves {100 * ROOM:.0f} points or more to full fine-tuning"
-        yield Claim(text, study, "full", "fixed", ROOM)
-
-
-CLAIMS = tuple(_claims())
-#: What has to hold for the comparison to mean anything: pretraining is worth something here, and so is tuning.
-PREMISES = tuple(_premises())
+PARTS_OF_IMAGES = {"train": "to train on", "choose": "of these, to choose rates on", "test": "to test on"}
 
 
 def summarise(lines: list[dict]) -> dict:
@@ -146,23 +74,32 @@ def summarise(lines: list[dict]) -> dict:
 
     Returns:
         ``studies``: per study and arm the chosen learning rate, scores by seed, mean, half of the 95 % interval,
-        trained parameters, and peak and seconds where they were measured; ``premises`` and ``claims``: see
-        :func:`judged`; ``failed``: runs that diverged; ``runs``: how many lines there are; ``measured``: devices,
-        versions and dates.
+        trained parameters, and peak and seconds where they were measured; ``premises`` and ``claims`` on generated
+        scenes, see :func:`.claims.judged`; ``photographs``: the same two on photographs, and the studies' ``names`` and
+        ``images``; ``failed``: runs that diverged; ``runs``: how many lines there are; ``measured``: devices, versions
+        and dates.
     """
+    lines = [{**line, "kind": line.get("kind", line.get("study"))} for line in lines]
     runs = [line for line in lines if line.get("purpose") in ("choose", "test")]
-    costs = {
-        (line["study"], row["arm"]): row for line in lines if line.get("purpose") == "cost" for row in line["rows"]
-    }
+    costs = {(line["kind"], row["arm"]): row for line in lines if line.get("purpose") == "cost" for row in line["rows"]}
+    names = {run["kind"]: run["study"] for run in runs if run["kind"] in ON_PHOTOGRAPHS}  # the newest of each kind
     studies: dict[str, dict] = {}
-    for study in STUDIES:
-        arms = {arm: _arm(runs, study, arm) for arm in ARMS}
-        studies[study] = {
-            arm: {**found, **costs.get((study, arm), {})} for arm, found in arms.items() if found is not None
-        }
+    images: dict[str, dict] = {kind: {} for kind in names}
+    for kind in (*ON_PHOTOGRAPHS, *STUDIES):
+        own = [run for run in runs if (run["kind"], run["study"]) == (kind, names.get(kind, kind))]
+        arms = {arm: _arm([run for run in own if run["arm"] == arm]) for arm in ARMS}
+        studies[kind] = {arm: {**found, **costs.get((kind, arm), {})} for arm, found in arms.items() if found}
+        for run in own if kind in names else ():
+            images[kind] |= run["images"]
     measured = {(line["device"], line["versions"]["torch"], line["precision"], line["date"]) for line in runs}
     return {
         "studies": studies,
+        "photographs": {
+            "names": names,
+            "images": images,
+            "premises": judged(PHOTOGRAPH_PREMISES, studies),
+            "claims": judged(PHOTOGRAPH_CLAIMS, studies),
+        },
         "premises": judged(PREMISES, studies),
         "claims": judged(CLAIMS, studies),
         "failed": [f"{x['study']}, {x['arm']}, lr {x['lr']}" for x in runs if x["status"] == "failed"],
@@ -171,19 +108,19 @@ def summarise(lines: list[dict]) -> dict:
     }
 
 
-def _arm(runs: list[dict], study: str, arm: str) -> dict | None:
+def _arm(runs: list[dict]) -> dict | None:
     """What the runs of an arm came to; None before two of them were judged."""
-    own = [run for run in runs if (run["study"], run["arm"]) == (study, arm)]
-    tried = {run["lr"]: run["score"] for run in own if run["purpose"] == "choose"}
+    tried = {run["lr"]: run["score"] for run in runs if run["purpose"] == "choose"}
     if not tried:
         return None
     lr = chosen_rate(tried)
-    tested = {run["seed"]: run for run in own if run["purpose"] == "test" and run["lr"] == lr}
+    tested = {run["seed"]: run for run in runs if run["purpose"] == "test" and run["lr"] == lr}
     if len(tested) < 2:
         return None
     scores = [tested[seed]["score"] for seed in sorted(tested)]
     mean, half = interval(scores)
     return {
+        "spec": spec_for(runs[0]["arm"], runs[0].get("recipe", {}).get("backbone", "swin_nano")),
         "lr": lr,
         "tried": {str(rate): score for rate, score in sorted(tried.items())},
         "scores": dict(zip(map(str, sorted(tested)), scores, strict=True)),
@@ -193,41 +130,71 @@ def _arm(runs: list[dict], study: str, arm: str) -> dict | None:
     }
 
 
-def judged(claims: Iterable[Claim], studies: dict[str, dict]) -> list[dict]:
-    """The claims whose two arms were run: the difference with its interval, the corrected p-value and the verdict.
-
-    A verdict is ``holds``, ``does not`` (the opposite is significant) or ``undecided``.
-    """
-    found: list[tuple[Claim, Difference]] = []
-    for claim in claims:
-        arms = studies.get(claim.study, {})
-        if claim.a in arms and claim.b in arms:
-            a, b = arms[claim.a]["scores"], arms[claim.b]["scores"]
-            seeds = sorted(a.keys() & b.keys())
-            found.append((claim, difference([a[s] for s in seeds], [b[s] for s in seeds])))
-    one_sided = [(d.p_more(claim.margin), d.p_less(claim.margin)) for claim, d in found]
-    corrected = holm([min(1.0, 2 * min(pair)) for pair in one_sided])
-    return [
-        {
-            "claim": claim.text,
-            "study": claim.study,
-            "margin": claim.margin,
-            "a": claim.a,
-            "b": claim.b,
-            "paper": claim.printed(),
-            "difference": d.mean,
-            "interval95": [d.low, d.high],
-            "detectable": d.detectable,
-            "seeds": d.seeds,
-            "p": p,
-            "verdict": "undecided" if p >= LEVEL else "holds" if more < less else "does not",
-        }
-        for (claim, d), (more, less), p in zip(found, one_sided, corrected, strict=True)
-    ]
-
-
 def as_markdown(summary: dict) -> str:
-    """The report: tables beside the paper's, then the claims."""
+    """The report: tables beside the paper's, then the claims; photographs first."""
+    parts = ["# The paper in miniature", _setting(summary)]
+    if summary["photographs"]["names"]:
+        parts += _on_photographs(summary["photographs"], summary["studies"])
+        if any(summary["studies"][study] for study in STUDIES):
+            parts += _on_scenes_in_short(summary)
+    else:
+        parts += _on_scenes(summary)
+    return "\n\n".join(parts) + "\n"
+
+
+def _titled(sections: dict[str, str], before: str = "") -> list[str]:
+    return [f"## {before}{title}\n\n{text}" for title, text in sections.items() if text]
+
+
+def _on_photographs(found: dict, studies: dict) -> list[str]:
+    """What the runs on photographs say."""
+    names, near = found["names"], NEAR_ON_PHOTOGRAPHS
+    detection, vit = studies[DETECTION], studies[VIT_KIND]
+    variants = ("full", "fixed", "fixed, norms trained", "e3va", "e3va+", "e3va++", *ABLATIONS)
+    neighbours = ("full", "fixed", "e3va", *NEIGHBOURS, "lora")
+    sections = {
+        "premises": claim_table(found["premises"], names, PHOTOGRAPH_PREMISES, near),
+        "which images": _images(found, studies),
+        "methods": _methods(studies, *PHOTOGRAPH_PLACES, names=names),
+        "variants of E3VA": _variants(detection, variants),
+        "neighbours that cut the backward pass, too": _variants(detection, neighbours),
+        names.get(VIT_KIND, "a ViT"): _variants(vit, ("full", "fixed", "e3va", "lora")),
+        "claims": claim_table(found["claims"], names, PHOTOGRAPH_CLAIMS, near),
+    }
+    return _titled(sections, "On photographs: ")
+
+
+def _images(found: dict, studies: dict) -> str:
+    """On which images the studies were run, by the hash of the list of their files."""
+    rows = []
+    for kind, parts in found["images"].items():
+        cells = [f"{parts[x]['count']:,} (`{parts[x]['sha256'][:12]}`)" if x in parts else "" for x in PARTS_OF_IMAGES]
+        rows.append(
+            [found["names"][kind], *cells, f"{studies[kind]['fixed']['lr']:g}" if "fixed" in studies[kind] else ""]
+        )
+    table = _table(["study", *PARTS_OF_IMAGES.values(), "rate of neck and heads"], rows)
+    return f"""{table}
+
+In brackets: the beginning of the SHA-256 of the list of file names, one a line. The lists lie beside the runs, in the
+file that ends in `-images.json`. Learning rates are chosen in shorter runs that are judged on a part of the training
+images and do not train on it; neck and heads learn at the rate that a frozen backbone chooses."""
+
+
+def _on_scenes_in_short(summary: dict) -> list[str]:
+    """What the runs on generated scenes still tell beside those on photographs."""
+    studies = summary["studies"]
+    decided = [claim for claim in summary["claims"] if claim["verdict"] != "undecided"]
+    undecided = len(summary["claims"]) - len(decided)
+    sections = {
+        "methods": _methods(studies, "detection", "longer", "segmentation", "instances"),
+        "premises": claim_table(summary["premises"]),
+        f"claims that were decided ({undecided} more are undecided)": claim_table(decided),
+    }
+    return _titled(sections, "On generated scenes: ")
+
+
+def _on_scenes(summary: dict) -> list[str]:
+    """What the runs on generated scenes say."""
     studies = summary["studies"]
     detection, longer = studies.get("detection", {}), studies.get("longer", {})
     widths = [name for arm in PAPERS_WIDTHS for name in (arm.split(",")[0], arm)]
@@ -245,8 +212,7 @@ def as_markdown(summary: dict) -> str:
         "A larger backbone in the memory of a smaller one": _larger(studies),
         "Claims": claim_table(summary["claims"]),
     }
-    titled = [f"## {title}\n\n{text}" for title, text in sections.items() if text]
-    return "\n\n".join(["# The paper in miniature", _setting(summary), _rates_of_heads(studies), *titled]) + "\n"
+    return [_rates_of_heads(studies), *_titled(sections)]
 
 
 def _setting(summary: dict) -> str:
@@ -255,8 +221,8 @@ def _setting(summary: dict) -> str:
     failed = "; ".join(summary["failed"]) or "none"
     return (
         f"{summary['runs']} runs on {', '.join(devices)}, {dates[0]} to {dates[-1]}. Scores are percent on test "
-        "scenes: mean over seeds, half of the 95 % interval (Student's t), number of seeds. Learning rates were chosen "
-        f"per method on other scenes. Diverged, counted as 0: {failed}."
+        "images: mean over seeds, half of the 95 % interval (Student's t), number of seeds. Learning rates were chosen "
+        f"per method on other images. Diverged, counted as 0: {failed}."
     )
 
 
@@ -264,9 +230,9 @@ def _rates_of_heads(studies: dict) -> str:
     """How far the rate that neck and heads share suits a frozen backbone better or worse than the one it chose."""
     said = []
     for study, arms in studies.items():
-        if (fixed := arms.get("fixed")) is None:
+        if study not in STUDIES or (fixed := arms.get("fixed")) is None:
             continue
-        shared, own = load_recipe(STUDIES[study].recipe).head_lr, fixed["lr"]
+        shared, own = load_recipe(STUDIES[study].base).head_lr, fixed["lr"]
         said.append(f"{study} {shared:g}")
         if own != shared and str(shared) in fixed["tried"]:
             ahead = 100 * (fixed["tried"][str(own)] - fixed["tried"][str(shared)])
@@ -288,28 +254,30 @@ def _mib(arm: dict | None) -> str:
     return f"{arm['peak'] / 2**20:.0f}" if arm and "peak" in arm else ""
 
 
-def _methods(studies: dict, *columns: str) -> str:
-    """The paper's methods and the controls, a column of scores and one of peaks per study that was run."""
+def _methods(studies: dict, *columns: str, names: dict[str, str] | None = None) -> str:
+    """The paper's methods and the controls, a column of scores and one of peaks per study that was run.
+
+    Args:
+        names: What people call the studies, where that is something else.
+    """
     present = [study for study in columns if studies.get(study)]
+    places = PLACES | PHOTOGRAPH_PLACES
     header = ["method", "trained"]
     for study in present:
-        header += [f"{study}: {METRICS[study]}", "peak, MiB", *(["printed"] if study in PLACES else [])]
+        title = f"{(names or {}).get(study, study)}: {METRICS[study]}"
+        header += [title, "peak, MiB", *(["printed"] if study in places else [])]
     rows = []
     for arm in (*METHODS, *CONTROLS):
         found = {study: studies[study].get(arm) for study in present}
         if not any(found.values()):
             continue
         trained = dict.fromkeys(f"{cell['trainable']:,}" for cell in found.values() if cell)  # tasks differ in stages
-        row = [f"`{ARMS[arm].spec}`" if arm in METHODS else arm, " / ".join(trained)]
+        specs = dict.fromkeys(f"`{cell['spec']}`" for cell in found.values() if cell)
+        row = [" / ".join(specs) if arm in METHODS else arm, " / ".join(trained)]
         for study, cell in found.items():
-            row += [_score(cell), _mib(cell), *([_printed(PLACES[study], arm)] if study in PLACES else [])]
+            row += [_score(cell), _mib(cell), *([printed(places[study], arm)] if study in places else [])]
         rows.append(row)
     return _table(header, rows)
-
-
-def _printed(place: tuple[str, str], row: str) -> str:
-    value = printed_value(*place, row)
-    return "" if value is None else f"{value:g}"
 
 
 def _times(studies: dict) -> str:
@@ -332,7 +300,7 @@ def _variants(arms: dict, names: Iterable[str]) -> str:
     rows = []
     for name, arm in ((name, arms[name]) for name in names if name in arms):
         speed = f"{arm['images_per_second']:.1f}" if "images_per_second" in arm else ""
-        rows.append([name, f"`{ARMS[name].spec}`", f"{arm['trainable']:,}", _score(arm), _mib(arm), speed])
+        rows.append([name, f"`{arm['spec']}`", f"{arm['trainable']:,}", _score(arm), _mib(arm), speed])
     header = ["", "options", "trained", METRICS["detection"], "peak, MiB", "images/s, inference"]
     return _table(header, rows if len(rows) > 1 else [])
 
@@ -348,22 +316,39 @@ def _larger(studies: dict) -> str:
     return _table(["", "study", "trained", "score", "peak, MiB"], rows)
 
 
-def claim_table(claims: list[dict]) -> str:
-    """Claims or premises of a summary as a Markdown table: the paper's numbers, ours, and the verdicts."""
-    if not claims:
-        return "Nothing to judge yet."
-    rows = []
+def claim_table(
+    claims: list[dict], names: dict[str, str] | None = None, wanted: Iterable[Claim] = (), near: float = NEAR
+) -> str:
+    """Claims or premises of a summary as a Markdown table: the paper's numbers, ours, and the verdicts.
+
+    Args:
+        claims: Of :func:`summarise`.
+        names: What people call the studies, where that is something else.
+        wanted: All claims, of which those that were not run are rows, too.
+        near: The margin below which two methods count as near each other.
+    """
+    names, rows = names or {}, []
     for claim in claims:
         low, high = (100 * bound for bound in claim["interval95"])
         ours = f"{100 * claim['difference']:+.1f} ({low:+.1f} to {high:+.1f}), {claim['seeds']} seeds"
         p = "< .001" if claim["p"] < 0.001 else f"{claim['p']:.3f}"
-        row = [claim["claim"], claim["study"], claim["paper"], ours, f"{100 * claim['detectable']:.1f}", p]
-        rows.append([*row, f"**{claim['verdict']}**"])
+        row = [claim["claim"], names.get(claim["study"], claim["study"]), claim["paper"], ours]
+        row += [f"{100 * claim['detectable']:.1f}", p, f"**{claim['verdict']}**"]
+        if claim["verdict"] == "undecided":
+            row[-1] += f"; {claim['seeds_needed'] or f'more than {MOST_SEEDS}'} seeds would decide"
+        rows.append(row)
+    run = {(claim["claim"], claim["study"]) for claim in claims}
+    missing = [claim for claim in wanted if (claim.text, claim.study) not in run]
+    rows += [[x.text, names.get(x.study, x.study), x.printed(), "", "", "", "not run"] for x in missing]
+    if not rows:
+        return "Nothing to judge yet."
     header = ["claim", "study", "the paper", "ours, points (95 %)", "detectable", "p, corrected", "verdict"]
+    points = "two points" if near == NEAR else "one point"
     return f"""{_table(header, rows)}
 
-*Near*: not worse by {100 * NEAR:.0f} points or more. *Detectable*: the difference that so many seeds find with a
-probability of 80 %. p-values are two-sided, corrected after Holm."""
+*Near*: not worse by {points} or more. *Detectable*: the difference that so many seeds find with a probability of 80 %.
+Seeds that *would decide*: they find a difference as large as the one seen with that probability, after the correction.
+p-values are two-sided, corrected after Holm."""
 
 
 def write(lines: list[dict], folder: Path, costs: dict | None = None) -> dict:
@@ -376,8 +361,12 @@ def write(lines: list[dict], folder: Path, costs: dict | None = None) -> dict:
     summary = summarise(lines)
     (folder / "report.md").write_text(as_markdown(summary), encoding="utf-8")
     (folder / "report.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    if figure := trade_offs(summary["studies"], METRICS):
+    studies, names = summary["studies"], summary["photographs"]["names"]
+    tasks = [kind for kind in PHOTOGRAPH_PLACES if kind in names and kind != FEW_KIND]
+    if figure := memory_trade_off({names[kind]: studies[kind] for kind in tasks}, [METRICS[kind] for kind in tasks]):
+        figure.savefig(folder / "photographs.png")
+    if figure := trade_offs({study: studies[study] for study in STUDIES}, METRICS):
         figure.savefig(folder / "trade-offs.png")
-    if costs and (figure := neighbours_figure(summary["studies"].get("longer", {}), costs)):
+    if costs and (figure := neighbours_figure(studies.get("longer", {}), costs)):
         figure.savefig(folder / "neighbours.png")
     return summary

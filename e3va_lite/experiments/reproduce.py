@@ -1,10 +1,10 @@
 """The paper in miniature: which runs there are, and running them.
 
-A *study* is a dense task in a world that pretraining has not seen; an *arm* is a fine-tuning method in it. Every arm
-first chooses its learning rate, on scenes that are neither trained nor tested on; then it is trained once per seed and
-judged on the test scenes. Steps, batch and the learning rate of neck and heads (the one that a frozen backbone chooses)
-are the same for all arms of a study, and so is the order of the images for one seed. A finished run is a line of a JSON
-lines file, from which :mod:`e3va_lite.experiments.report` makes everything else.
+What is compared is in :mod:`e3va_lite.experiments.studies`. Every arm of a study first chooses its learning rate, on
+images that are neither trained nor tested on then; afterwards it is trained once per seed and judged on the test
+images. Steps, batch and the learning rate of neck and heads (the one that a frozen backbone chooses) are the same for
+all arms of a study, and so is the order of the images for one seed. A finished run is a line of a JSON lines file, from
+which :mod:`e3va_lite.experiments.report` makes everything else.
 """
 
 import json
@@ -15,181 +15,131 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache
+from itertools import chain, islice
 from multiprocessing import get_context, parent_process
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import Subset
+from torch import nn
+from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
 from ..analysis.cost import interleaved_seconds, median_share, with_method
 from ..analysis.training_step import Step, build_step, training_size
 from ..backbones.base import trainable_parameters
-from ..backbones.swin import create_swin
+from ..backbones.registry import create_backbone
 from ..backbones.weights import fingerprint
-from ..datasets.shapes import VERSION, WORLDS, write_scenes
 from ..errors import InputError
 from ..highway import E3VA
-from ..recipes.schema import Recipe, load_recipe
+from ..methods.registry import parse_method
+from ..recipes.schema import Recipe, recipe_from
 from ..tasks.registry import task_module
 from ..training.engine import build_model, evaluate, fit, machine
+from ..training.feature_cache import cached, can_be_cached
 from .jsonl import append_line
+from .studies import ARMS, RATES, Photographs, Scenes, first_rates, spec_for
 
-
-@dataclass(frozen=True)
-class Study:
-    """A recipe's task on generated scenes.
-
-    Attributes:
-        images: So many training images only.
-        steps: Instead of the recipe's.
-    """
-
-    recipe: str
-    images: int | None = None
-    steps: int | None = None
-
-
-@dataclass(frozen=True)
-class Arm:
-    """A method, ``METHOD[:option=value,...]``, the backbone, and whether that starts from pretrained weights."""
-
-    spec: str
-    pretrained: bool = True
-    backbone: str = "swin_nano"
-
-
-STUDIES = {
-    "detection": Study("mini-detection"),
-    "few images": Study("mini-detection", images=60),
-    "segmentation": Study("mini-segmentation"),
-    "instances": Study("mini-instances"),
-    "longer": Study("mini-detection", steps=1000),  # added when 250 steps had shown low ranks near a frozen backbone
-    "quick": Study("mini-detection", steps=60),  # to see it work
-}
-
-# A quarter of the paper's ranks and widths, for the backbone is about a quarter as wide as Swin-B and Swin-L: so two
-# branches span less than the middle dimension in every stage. The paper's own are e3va++'s and ``PAPERS_WIDTHS``.
-METHODS = {
-    "full": Arm("full"),
-    "fixed": Arm("fixed"),
-    "bitfit": Arm("bitfit"),
-    "norm": Arm("norm"),
-    "partial1": Arm("partial1"),
-    "adapter": Arm("adapter:middle=16"),
-    "lora": Arm("lora:rank=16"),
-    "adaptformer": Arm("adaptformer:middle=16"),
-    "lorand": Arm("lorand:rank=2"),
-    "e3va": Arm("e3va:rank=2"),
-    "e3va+": Arm("e3va:rank=4"),
-    "e3va++": Arm("e3va:rank=8"),
-}
-CONTROLS = {
-    "fixed, norms trained": Arm("fixed:fpn_norm=trainable"),
-    "from scratch": Arm("full", pretrained=False),
-}
-# Tables 5 and 6, and what the paper leaves open; each departs from "e3va" in one thing.
-ABLATIONS = {
-    "standard, as many parameters": Arm("e3va:adapter=standard,middle=6"),
-    "standard": Arm("e3va:adapter=standard,middle=8"),
-    "stacked": Arm("e3va:rank=2,structure=stacked"),
-    "chained": Arm("e3va:rank=2,structure=chained"),
-    "trainable reductions": Arm("e3va:rank=2,reduction=trainable"),
-    "fixed norms": Arm("e3va:rank=2,fpn_norm=fixed"),
-    "e + l": Arm("e3va:rank=2,fpn_input=e+l"),
-    "random start": Arm("e3va:rank=2,start=random"),
-    "rank 1": Arm("e3va:rank=1"),
-    "rank 16": Arm("e3va:rank=16"),
-}
-PAPERS_WIDTHS = {
-    "adapter, the paper's width": Arm("adapter:middle=64"),
-    "lora, the paper's rank": Arm("lora:rank=64"),
-    "adaptformer, the paper's width": Arm("adaptformer:middle=64"),
-    "lorand, the paper's rank": Arm("lorand:rank=8"),
-}
-# They cut the backward pass, too; with as many parameters as "e3va", as nearly as their widths allow.
-NEIGHBOURS = {"lst": Arm("lst:narrower=20"), "losa": Arm("losa:rank=18")}
-LARGER = {
-    "larger backbone, fixed": Arm("fixed", backbone="swin_nano_deep"),
-    "larger backbone, e3va": Arm("e3va:rank=2", backbone="swin_nano_deep"),
-}
-ARMS = METHODS | NEIGHBOURS | CONTROLS | ABLATIONS | PAPERS_WIDTHS | LARGER
-CORE = ("fixed", "adapter", "e3va", "full")
-REST = [*(name for name in METHODS if name not in CORE), *CONTROLS]
-#: What can be run by itself; all of it is the experiment.
-PARTS: dict[str, list[tuple[str, str]]] = {
-    "core": [(study, arm) for study in ("detection", "segmentation") for arm in CORE],
-    "few": [("few images", arm) for arm in (*CORE, *CONTROLS)],
-    "instances": [("instances", arm) for arm in (*CORE, "e3va++", *CONTROLS)],
-    "methods": [(study, arm) for study in ("detection", "segmentation") for arm in REST],
-    "few-methods": [("few images", arm) for arm in REST if arm not in CONTROLS],
-    "larger": [(study, arm) for study in ("detection", "instances") for arm in LARGER],
-    "widths": [("detection", arm) for arm in PAPERS_WIDTHS],
-    "neighbours": [("longer", arm) for arm in ("lora", *NEIGHBOURS)],
-    "ablations": [("longer", arm) for arm in (*CORE, *CONTROLS, "e3va+", "e3va++", *ABLATIONS)],
-}
-QUICK = [("quick", arm) for arm in CORE]
-
-RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-FIRST_RATES = RATES[3:6]  # of every arm; as long as the best is the lowest or highest tried, the next one is tried, too
+Study = Scenes | Photographs
 CHOOSE_SEED = 1000  # of the runs that choose; those that are judged have 0, 1, ...
-# Judged runs per arm. By five seeds in the stained world (data/results/shapes-5-seeds.json), eight find what separates
-# E3VA from a frozen backbone after a correction for some thirty claims, and five do not.
-SEEDS, SEEDS_OF_CLAIMED, SEEDS_OF_QUICK = 5, 8, 2
-CLAIMED = (*CORE, *CONTROLS, "larger backbone, e3va")
-TRAIN_IMAGES, TEST_IMAGES, CHOOSE_IMAGES = 480, 160, 100
-WORLD = "duotone"  # of the scenes
-TEST_SCENES, CHOOSE_SCENES = 0, 1  # seeds of scenes; training images are of the first
+Pair = tuple[Study, str]  # and the name of an arm
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training and its judgement: ``purpose`` is ``choose`` or ``test``."""
+    """One training and its judgement.
 
-    study: str
+    Attributes:
+        purpose: ``choose`` or ``test``.
+        head_lr: Of neck and heads, where a frozen backbone has chosen it; else it is the recipe's.
+    """
+
+    study: Study
     arm: str
     purpose: str
     lr: float
     seed: int
+    head_lr: float | None = None
 
     def recipe(self) -> Recipe:
         arm = ARMS[self.arm]
-        study = STUDIES[self.study]
-        recipe = load_recipe(study.recipe, {} if study.steps is None else {"steps": study.steps})
-        fields = {"backbone": arm.backbone, "pretrained": arm.pretrained, "lr": self.lr, "seed": self.seed}
+        recipe = self.study.recipe(parse_method(arm.spec)[0], self.purpose)
+        fields = {"pretrained": arm.pretrained, "lr": self.lr, "seed": self.seed}
+        if arm.backbone is not None:
+            fields["backbone"] = arm.backbone
+        if not arm.pretrained:
+            fields["weights"] = None
+        if self.head_lr is not None:
+            fields["head_lr"] = self.head_lr
         if arm.spec == "fixed":  # nothing learns but neck and heads, and theirs is the rate that it chooses
             fields["head_lr"] = self.lr
-        return with_method(replace(recipe, **fields), arm.spec)
+        return with_method(replace(recipe, **fields), spec_for(self.arm, fields.get("backbone", recipe.backbone)))
+
+    def key(self) -> dict:
+        """What tells this run from the others of an experiment, as in its line."""
+        key = {"study": self.study.name, "arm": self.arm, "purpose": self.purpose, "lr": self.lr, "seed": self.seed}
+        return key if self.head_lr is None else {**key, "head_lr": self.head_lr}
 
 
-def seeds_of(study: str, arm: str) -> int:
-    """How many judged runs an arm gets."""
-    if study == "quick":
-        return SEEDS_OF_QUICK
-    return SEEDS_OF_CLAIMED if arm in CLAIMED else SEEDS
-
-
-def next_runs(arms: Iterable[tuple[str, str]], lines: list[dict]) -> Iterator[Run]:
+def next_runs(pairs: list[Pair], lines: list[dict]) -> Iterator[Run]:
     """What can be run now, in order: runs whose learning rate is known, and that have no line yet.
 
+    First come those that choose, then those that are judged, seed by seed: whenever an experiment is stopped, arms have
+    nearly as many seeds as each other.
+
     Args:
-        arms: Pairs of study and arm.
+        pairs: Of one part.
         lines: Of this experiment, runs under way among them; those have no ``score``.
     """
-    for study, arm in arms:
-        of_arm = [line for line in lines if (line["study"], line["arm"]) == (study, arm)]
-        tried = {line["lr"]: line.get("score") for line in of_arm if line["purpose"] == "choose"}
-        wanted = [lr for lr in _rates(tried) if lr not in tried]
-        yield from (Run(study, arm, "choose", lr, CHOOSE_SEED) for lr in wanted)
-        if wanted or None in tried.values():
+    frozen = {study.name: (study, "fixed") for study, _ in pairs if study.heads_follow}
+    heads: dict[str, float | None] = {}
+    for name, pair in frozen.items():
+        if pair not in pairs:
+            yield from _choosing(pair, None, lines)
+        heads[name] = _settled(pair, None, lines)
+    ready = []
+    for study, arm in pairs:
+        head_lr = None if arm == "fixed" else heads.get(study.name)
+        if head_lr is None and study.heads_follow and arm != "fixed":
             continue
-        lr = chosen_rate(tried)
-        done = {line["seed"] for line in of_arm if line["purpose"] == "test" and line["lr"] == lr}
-        yield from (Run(study, arm, "test", lr, seed) for seed in range(seeds_of(study, arm)) if seed not in done)
+        yield from _choosing((study, arm), head_lr, lines)
+        if (lr := _settled((study, arm), head_lr, lines)) is not None:
+            ready.append((study, arm, lr, head_lr))
+    for seed in range(max((study.seeds(arm) for study, arm in pairs), default=0)):
+        for study, arm, lr, head_lr in ready:
+            run = Run(study, arm, "test", lr, seed, head_lr)
+            if seed < study.seeds(arm) and not any(run.key().items() <= line.items() for line in lines):
+                yield run
+
+
+def _tried(pair: Pair, head_lr: float | None, lines: list[dict]) -> dict[float, float | None]:
+    """Scores by learning rate of an arm's runs that choose; None for one under way."""
+    own = {"study": pair[0].name, "arm": pair[1], "purpose": "choose"}
+    own |= {} if head_lr is None else {"head_lr": head_lr}
+    return {line["lr"]: line.get("score") for line in lines if own.items() <= line.items()}
+
+
+def _choosing(pair: Pair, head_lr: float | None, lines: list[dict]) -> Iterator[Run]:
+    tried, first = _tried(pair, head_lr, lines), _first_rates(pair)
+    for lr in rates_to_try(tried, first):
+        yield Run(*pair, "choose", lr, CHOOSE_SEED, head_lr)
+
+
+def _settled(pair: Pair, head_lr: float | None, lines: list[dict]) -> float | None:
+    """The learning rate that an arm has chosen, or None as long as there is something to try."""
+    tried = _tried(pair, head_lr, lines)
+    if None in tried.values() or rates_to_try(tried, _first_rates(pair)):
+        return None
+    return chosen_rate(tried)
+
+
+def _first_rates(pair: Pair) -> tuple[float, ...]:
+    study, arm = pair
+    return first_rates(study.recipe(parse_method(ARMS[arm].spec)[0], "choose"))
 
 
 def chosen_rate(tried: dict[float, float]) -> float:
@@ -197,47 +147,40 @@ def chosen_rate(tried: dict[float, float]) -> float:
     return min(tried, key=lambda lr: (-tried[lr], lr))
 
 
-def _rates(tried: dict[float, float | None]) -> list[float]:
-    """The rates that an arm has to try, as far as its scores tell."""
-    if not set(FIRST_RATES) <= {lr for lr, score in tried.items() if score is not None}:
-        return list(FIRST_RATES)
+def rates_to_try(tried: dict[float, float | None], first: tuple[float, ...]) -> list[float]:
+    """The rates that an arm has to try now, as far as its scores tell: as long as the best is the lowest or highest
+    tried, the next one, too.
+
+    Args:
+        tried: Scores by rate; None for a run under way.
+        first: What every arm tries.
+    """
+    if missing := [lr for lr in first if lr not in tried]:
+        return missing
     if None in tried.values():
         return []
     place = RATES.index(chosen_rate(tried))
     return [lr for lr in RATES[max(place - 1, 0) : place + 2] if lr not in tried]
 
 
-def write_data(data: Path, studies: Iterable[str]) -> None:
-    """The scenes of the studies below ``data``; what is there stays."""
-    for name in {STUDIES[study].recipe for study in studies}:
-        recipe = load_recipe(name)
-        size = training_size(recipe)[0]
-        for purpose, seed, train, val in (
-            ("test", TEST_SCENES, TRAIN_IMAGES, TEST_IMAGES),
-            ("choose", CHOOSE_SCENES, 1, CHOOSE_IMAGES),
-        ):
-            write_scenes(data / f"{recipe.task}-{purpose}", recipe.task, train, val, seed, size, WORLD)
-
-
-def perform(recipe: Recipe, images: int | None, purpose: str, data: Path, device: str) -> dict:
+def perform(study: Study, recipe: Recipe, purpose: str, data: Path, device: str, cache: Path | None = None) -> dict:
     """Train and judge; the run's line without what :func:`setting` says.
 
     A training that diverges is a run, too: its ``status`` is ``failed`` and its score 0.
 
     Args:
-        images: Train on the first so many, or on all.
-        purpose: The scenes to judge on: ``choose`` or ``test``.
-        data: Folder of the scenes.
+        purpose: ``choose`` or ``test``.
+        data: Folder of generated scenes.
+        cache: Folder of stored maps, for the runs that can do with them: see :mod:`e3va_lite.training.feature_cache`.
     """
     task, where = task_module(recipe.task), torch.device(device)
-    train_set = task.dataset(recipe, data / f"{recipe.task}-test", recipe.train_split, recipe.classes, train=True)
-    judged = task.dataset(recipe, data / f"{recipe.task}-{purpose}", recipe.eval_split, train_set.classes)
-    model = build_model(recipe, len(train_set.classes))
-    shown = train_set if images is None else Subset(train_set, range(images))
+    shown, judged, classes = study.datasets(recipe, purpose, data)
+    model = build_model(recipe, len(classes))
     line = {"trainable": trainable_parameters(model.backbone.body), **machine(recipe, where)}
     start = time.monotonic()
     try:
-        losses = fit(model, shown, recipe, where)
+        with _stored(model, shown, recipe, cache, where) as shown:
+            losses = fit(model, shown, recipe, where)
     except InputError as error:
         return {"status": "failed", "score": 0.0, "message": str(error), **line}
     result = evaluate(model, judged, recipe, where)
@@ -251,51 +194,74 @@ def perform(recipe: Recipe, images: int | None, purpose: str, data: Path, device
     }
 
 
+@contextmanager
+def _stored(
+    model: nn.Module, shown: Dataset, recipe: Recipe, cache: Path | None, device: torch.device
+) -> Iterator[Dataset]:
+    """The images to train on, with stored maps in their place where there is a cache and it can be used."""
+    if cache is None or getattr(recipe, "canvas", None) is None or not can_be_cached(model.backbone.body):
+        yield shown
+    else:
+        with cached(model, shown.dataset, recipe, cache, device) as images:
+            yield Subset(images, shown.indices)
+
+
 def setting(run: Run) -> dict:
-    """Everything that a run's result depends on besides the code: a line of another setting is not this run's."""
+    """Everything that a run's result depends on besides the code: a line of another setting is not this run's.
+
+    Pretrained weights are named by their fingerprint, wherever their file is.
+    """
     recipe = run.recipe()
-    images = {"world": WORLD, **asdict(WORLDS[WORLD]), "version": VERSION}
-    images |= {"train": STUDIES[run.study].images or TRAIN_IMAGES}
-    images |= {"test": TEST_IMAGES} if run.purpose == "test" else {"choose": CHOOSE_IMAGES}
-    weights = _pretrained(recipe.backbone) if recipe.pretrained else None
-    return {**asdict(run), "recipe": asdict(recipe), "scenes": images, "weights": weights}
+    weights = _pretrained(recipe.backbone, recipe.weights) if recipe.pretrained else None
+    fields = asdict(replace(recipe, weights=None))
+    return {**run.key(), "recipe": fields, **run.study.images_used(run.purpose), "weights": weights}
 
 
 @cache
-def _pretrained(backbone: str) -> str:
+def _pretrained(backbone: str, weights: str | None) -> str:
     """Fingerprint of the weights that arms start from."""
-    return fingerprint(create_swin(backbone, pretrained=True))
+    return fingerprint(create_backbone(backbone, weights is None, weights))
 
 
 def run_experiment(
-    arms: list[tuple[str, str]], lines: list[dict], file: Path, data: Path, device: torch.device, jobs: int
+    parts: list[list[Pair]],
+    lines: list[dict],
+    file: Path,
+    data: Path,
+    device: torch.device,
+    jobs: int,
+    cache: Path | None = None,
 ) -> None:
     """Run what is missing, ``jobs`` at a time, each in a process of its own with one thread.
 
     It may be stopped at any time: what is finished is a line of ``file``, and the rest is run next time.
 
     Args:
-        arms: Pairs of study and arm, the most urgent first.
+        parts: Pairs of study and arm, the most urgent part first.
         lines: Of earlier runs; lines of other settings are left aside.
         file: To which finished runs are added.
-        data: Folder of the scenes, which are made where they are missing.
+        data: Folder of the generated scenes, which are made where they are missing.
+        cache: See :func:`perform`.
     """
-    write_data(data, {study for study, _ in arms})
-    known = [line for line in lines if _is_ours(line)]
+    pairs = [pair for part in parts for pair in part]
+    studies = {study.name: study for study, _ in pairs}
+    for study in studies.values():
+        study.prepare(data)
+    known = [line for line in lines if _is_ours(line, studies)]
     under_way: dict[Future, Run] = {}
-    total = sum(seeds_of(*pair) + len(FIRST_RATES) + 1 for pair in arms)  # about: some try more learning rates
-    counted = {(study, arm) for study, arm in arms}
+    total = sum(study.seeds(arm) + 4 for study, arm in pairs)  # about: some try more learning rates
+    counted = {(study.name, arm) for study, arm in pairs}
     with (
         ProcessPoolExecutor(jobs, get_context("spawn"), _init_worker) as pool,
         tqdm(total=total, initial=sum((x["study"], x["arm"]) in counted for x in known), unit="run") as bar,
     ):
         try:
             while True:
-                started = known + [asdict(run) for run in under_way.values()]
-                free = jobs - len(under_way)
-                for run in [run for run, _ in zip(next_runs(arms, started), range(free), strict=False)]:
-                    images = STUDIES[run.study].images
-                    under_way[pool.submit(perform, run.recipe(), images, run.purpose, data, str(device))] = run
+                started = known + [run.key() for run in under_way.values()]
+                wanted = chain.from_iterable(next_runs(part, started) for part in parts)
+                for run in islice(_unique(wanted), jobs - len(under_way)):
+                    future = pool.submit(perform, run.study, run.recipe(), run.purpose, data, str(device), cache)
+                    under_way[future] = run
                 if not under_way:
                     return
                 done, _ = wait(under_way, return_when=FIRST_COMPLETED)
@@ -303,14 +269,23 @@ def run_experiment(
                     run = under_way.pop(future)
                     known.append({**setting(run), **future.result()})
                     append_line(file, known[-1])
-                    bar.set_postfix_str(f"{run.study}, {run.arm}: {known[-1]['score']:.3f}")
+                    bar.set_postfix_str(f"{run.study.name}, {run.arm}: {known[-1]['score']:.3f}")
                     bar.update()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
-def measure_costs(arms: Iterable[tuple[str, str]], device: torch.device, rounds: int = 6) -> Iterator[dict]:
+def _unique(runs: Iterable[Run]) -> Iterator[Run]:
+    """Each run once, though several parts want it."""
+    seen: list[dict] = []
+    for run in runs:
+        if run.key() not in seen:
+            seen.append(run.key())
+            yield run
+
+
+def measure_costs(pairs: list[Pair], device: torch.device, rounds: int = 6) -> Iterator[dict]:
     """What a training step of each arm needs, a line per study; to be measured when nothing else runs.
 
     Yields:
@@ -318,9 +293,8 @@ def measure_costs(arms: Iterable[tuple[str, str]], device: torch.device, rounds:
         and ``images_per_second`` of the backbone alone without gradients, literal equations for every highway. Medians
         over rounds, arms in turn.
     """
-    pairs = list(arms)
-    for study in dict.fromkeys(study for study, _ in pairs):
-        recipes = {arm: Run(study, arm, "test", 1e-3, 0).recipe() for s, arm in pairs if s == study}
+    for name, study in {study.name: study for study, _ in pairs}.items():
+        recipes = {arm: Run(study, arm, "test", 1e-3, 0).recipe() for s, arm in pairs if s.name == name}
         any_of_them = next(iter(recipes.values()))
         size = training_size(any_of_them)
         steps = {arm: build_step(recipe, size, device) for arm, recipe in recipes.items()}
@@ -334,7 +308,8 @@ def measure_costs(arms: Iterable[tuple[str, str]], device: torch.device, rounds:
             if "full" in training:
                 row["seconds_of_full"] = median_share(training[arm], training["full"])
             rows.append(row | {"images_per_second": round(float(any_of_them.batch / np.median(inference[arm])), 2)})
-        yield {"purpose": "cost", "study": study, "rounds": rounds, "rows": rows, **machine(any_of_them, device)}
+        about = {"purpose": "cost", "study": name, "kind": study.kind, "rounds": rounds, "rows": rows}
+        yield {**about, **machine(any_of_them, device)}
 
 
 class _Inference:
@@ -354,12 +329,17 @@ class _Inference:
     def update(self) -> None: ...
 
 
-def _is_ours(line: dict) -> bool:
-    """Whether a line is of a run of this experiment as it is now."""
-    if line.get("purpose") not in ("choose", "test") or line["arm"] not in ARMS or line["study"] not in STUDIES:
+def _is_ours(line: dict, studies: dict[str, Study]) -> bool:
+    """Whether a line is of a run of this experiment as it is now; recipes may have got new fields since."""
+    study = studies.get(line.get("study"))
+    if study is None or line.get("purpose") not in ("choose", "test") or line["arm"] not in ARMS:
         return False
-    run = Run(**{key: line[key] for key in Run.__dataclass_fields__})
-    return json.loads(json.dumps(setting(run))).items() <= line.items()
+    run = Run(study, line["arm"], line["purpose"], line["lr"], line["seed"], line.get("head_lr"))
+    try:
+        whole = {**line, "recipe": asdict(recipe_from(line["recipe"]))}
+    except InputError:
+        return False
+    return json.loads(json.dumps(setting(run))).items() <= json.loads(json.dumps(whole)).items()
 
 
 def _init_worker() -> None:

@@ -11,6 +11,7 @@ from scipy import stats
 
 LEVEL = 0.05
 POWER = 0.8
+MOST_SEEDS = 100
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,23 @@ class Difference:
     def p_less(self, margin: float = 0.0) -> float:
         """One-sided: how likely so small a mean is if a were better than b by as much as ``margin``."""
         return self._p(margin - self.mean)
+
+    def seeds_needed(self, margin: float = 0.0, claims: int = 1) -> int | None:
+        """How many seeds find with a probability of 80 % that a true difference of this size is not the margin.
+
+        Args:
+            margin: See :meth:`p_more`.
+            claims: So many are corrected together; the level is the strictest that Holm's correction asks for.
+
+        Returns:
+            None for more than ``MOST_SEEDS``, as where the two can hardly be told apart.
+        """
+        excess = abs(self.mean - margin)
+        for n in range(2, MOST_SEEDS + 1):
+            quantiles = stats.t.ppf(1 - LEVEL / claims / 2, n - 1) + stats.t.ppf(POWER, n - 1)
+            if excess >= quantiles * self.deviation / n**0.5 > 0:
+                return n
+        return None
 
     def _p(self, excess: float) -> float:
         error = self.deviation / self.seeds**0.5

@@ -15,7 +15,7 @@ import torch
 from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
 
-from ..backbones.base import f_p1, f_p2
+from ..backbones.base import embed, f_p1, f_p2
 from ..backbones.swin import RollsFirst
 from ..transfer import send
 
@@ -48,6 +48,25 @@ def run(stage: nn.Module, l: Tensor) -> Taps:
             f2 = block.mlp(block.norm2(middle)) if windows else f_p2(block, middle)
             torch.add(middle, f2, out=tokens[rows])
             yield number, rows, (f1, f2)
+
+
+class Stream:
+    """The frozen stream of a backbone, stage by stage (from 0), as a highway reads it."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        self.backbone = backbone
+
+    def start(self, images: Tensor) -> Tensor:
+        """``l[0]``, (B, H, W, C)."""
+        return embed(self.backbone, images)
+
+    def reduce(self, index: int, l: Tensor) -> Tensor:
+        """``l_in`` of a stage."""
+        return self.backbone.layers[index].downsample(l)
+
+    def run(self, index: int, l: Tensor) -> Taps:
+        """See :func:`run`."""
+        return run(self.backbone.layers[index], l)
 
 
 def slices(tokens: Tensor) -> list[slice]:

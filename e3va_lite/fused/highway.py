@@ -141,15 +141,16 @@ def _forward(
     """
     stages = stages or highway.last_stage
     maps, saved = [], Saved(images, [], [], [])
-    e = l = embed(highway.backbone, images)  # (B, H, W, C)
-    for index, (stage, pairs) in enumerate(zip(highway.backbone.layers[:stages], highway.adapters, strict=False)):
-        e, l = highway.reduction(index)(e), stage.downsample(l)
+    stream = frozen_stream.Stream(highway.backbone) if highway.cache is None or not highway.training else highway.cache
+    e = l = stream.start(images)  # (B, H, W, C)
+    for index, pairs in enumerate(highway.adapters[:stages]):
+        e, l = highway.reduction(index)(e), stream.reduce(index, l)
         e = e - l  # the deviation e_in - l_in
         adapters = _flat(pairs)
         outer, bias, columns = _concatenate_outer(adapters)
         z = l.new_empty(l[..., 0].numel(), outer.shape[1], dtype=frozen_stream.tap_dtype(l))  # (T, all bottlenecks)
         packed = []
-        for some, rows, taps in _groups(stage, l, adapters):
+        for some, rows, taps in _groups(stream.run(index, l), l, adapters):
             _columns(z, rows, columns[some]).copy_(_project(adapters[some], taps))
             if mode is not None and mode.taps:
                 packed.append(mode.pack(taps))
@@ -178,7 +179,8 @@ def _backward(highway: nn.Module, mode: MemoryMode, saved: Saved, grad_maps: tup
         adapters = _flat(pairs)
         outer, _, columns = _concatenate_outer(adapters)
         z, grad_z = g.new_empty(len(g), outer.shape[1]), g @ outer
-        for some, rows, taps in _unpacked(packed, mode, adapters, g) if mode.taps else _groups(stage, l, adapters):
+        again = _unpacked(packed, mode, adapters, g) if mode.taps else _groups(frozen_stream.run(stage, l), l, adapters)
+        for some, rows, taps in again:
             grad = _columns(grad_z, rows, columns[some])
             _columns(z, rows, columns[some]).copy_(_project(adapters[some], taps, grad, grads))
         grad_outer, grad_bias = z.t() @ g, g.sum(dim=0)
@@ -209,9 +211,9 @@ def _shared_gradients(
     return grad_e
 
 
-def _groups(stage: nn.Module, l: Tensor, adapters: list[nn.Module]) -> Groups:
-    """The taps of a stage as :func:`.frozen_stream.run` computes them."""
-    taps = (tap for _, _, pair in frozen_stream.run(stage, l) for tap in pair)
+def _groups(stage: frozen_stream.Taps, l: Tensor, adapters: list[nn.Module]) -> Groups:
+    """The taps of a stage as :func:`.frozen_stream.run` yields them."""
+    taps = (tap for _, _, pair in stage for tap in pair)
     for some, rows in _layout(adapters, l.flatten(0, 2)):
         group = list(islice(taps, some.stop - some.start))
         yield some, rows, torch.stack(group) if len(group) > 1 else group[0][None]

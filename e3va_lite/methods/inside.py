@@ -84,6 +84,9 @@ class ThroughBackbone(TunedBackbone):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) -> one map (B, C_i, ceil(H/s_i), ceil(W/s_i)) per consumed stage."""
+        if self.cache is not None and self.training:
+            maps = {stage: self.cache.output(stage - 1) for stage in self.norms.stages}
+            return self.norms.finish(self.norms(maps), images)
         x = embed(self.backbone, images)
         extra = iter(self.extra)
         maps = {}

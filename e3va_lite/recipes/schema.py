@@ -96,6 +96,7 @@ class VOCRecipe(Recipe):
     anchor_base: Positive = 4.0  # side of a level's smallest anchor, in strides
     min_size: Count = 600
     max_size: Count = 1000
+    canvas: Count | None = None  # side of the square that training images are padded to; default: the batch's largest
     detections: Count = 100  # objects per image that the detector returns, at most
 
 

@@ -31,6 +31,7 @@ def build_retinanet(
     fpn_channels: int = 256,
     anchor_base: float = 4.0,
     detections: int = 100,
+    canvas: int | None = None,
 ) -> nn.Module:
     """A RetinaNet that uses every map of the backbone, and two more levels of twice and four times the last stride.
 
@@ -56,6 +57,9 @@ def build_retinanet(
         fpn_channels: Width of the feature pyramid and of the head; 256 in the paper's setting.
         anchor_base: Side of a level's smallest square anchor, in strides of that level. Lower it for small objects.
         detections: Maximum number of objects per image that are returned.
+        canvas: In train mode, pad all images to a square of so many pixels per side (rounded up to the divisor), so
+            that a map does not depend on the other images of a batch; ``max_size`` or more. Default: to the largest
+            image of the batch.
 
     Raises:
         InputError: For a number of classes, size, width or base that cannot work, or a backbone without the two lists;
@@ -74,6 +78,8 @@ def build_retinanet(
     extra = LastLevelP6P7(backbone.out_channels[-1], fpn_channels)
     # P6 is made from the backbone's last map, even if that is as wide as the pyramid.
     extra.use_P5 = False
+    if canvas is not None and canvas < max_size:
+        raise InputError(f"canvas={canvas} is smaller than images of max_size={max_size}: make it as large.")
     model = _RetinaNet(
         Pyramid(backbone, fpn_channels, extra),
         num_classes,
@@ -83,8 +89,8 @@ def build_retinanet(
         head=head,
         detections_per_img=detections,
     )
-    mean_std = detection.IMAGE_MEAN, detection.IMAGE_STD
-    model.transform = Transform(min_size, max_size, *mean_std, size_divisible=detection.divisor(backbone))
+    sizes = min_size, max_size, detection.IMAGE_MEAN, detection.IMAGE_STD, detection.divisor(backbone)
+    model.transform = Transform(*sizes) if canvas is None else _OntoCanvas(canvas, *sizes)
     model.box_coder = head.regression_head.box_coder = Coder(model.box_coder.weights)
     return model
 
@@ -99,6 +105,18 @@ class _RetinaNet(RetinaNet):
         if self.training:
             return result
         return [{**detections, "labels": detections["labels"] + 1} for detections in result]
+
+
+class _OntoCanvas(Transform):
+    """Pads the images of a batch to a square of its own for training, not to the largest."""
+
+    def __init__(self, canvas: int, *sizes: object) -> None:
+        super().__init__(*sizes)
+        self.canvas = canvas
+
+    def max_by_axis(self, sizes: list[list[int]]) -> list[int]:
+        """Channels, height and width of the batch, from those of its images."""
+        return [sizes[0][0], self.canvas, self.canvas] if self.training else super().max_by_axis(sizes)
 
 
 class _Head(RetinaNetHead):

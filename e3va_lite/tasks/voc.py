@@ -55,6 +55,7 @@ def model(recipe: VOCRecipe | COCOBoxesRecipe, backbone: nn.Module, num_classes:
         fpn_channels=recipe.fpn_channels,
         anchor_base=recipe.anchor_base,
         detections=recipe.detections,
+        canvas=recipe.canvas,
     )
 
 

@@ -17,7 +17,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -33,6 +33,7 @@ from . import checkpoint
 from .distributed import barrier, mean, rank, say, world
 from .engine import Training, build_model, evaluate, fit, machine
 from .export import open_trained
+from .feature_cache import cached
 from .run_folder import RESULT, claimed, contents, deliberate_changes, differing
 from .trained_model import BEST, LAST, RECIPE, start_from
 
@@ -50,6 +51,7 @@ def train(
     resume: bool = False,
     init: Path | None = None,
     changes: Iterable[str] = (),
+    cache: Path | None = None,
 ) -> dict | None:
     """Train on a dataset, evaluate as often as the recipe says, and keep everything in the folder ``run``.
 
@@ -65,6 +67,7 @@ def train(
         init: The folder of another run or an exported file: what of it fits is the starting point.
         changes: Fields of the recipe that ``resume`` may change on purpose. The change becomes part of the run, which
             is no longer one that its recipe alone repeats bit for bit.
+        cache: Folder of stored maps, see :func:`e3va_lite.training.feature_cache.cached`.
 
     Returns:
         The result, which is also in ``run/run.json``; None on all processes but the first.
@@ -96,8 +99,9 @@ def train(
         barrier()
         recorder = _Recorder(run, recipe, about, eval_set, task.METRIC, resume, changed)
         try:
-            with _interruptible(recorder):
-                fit(model, train_set, recipe, device, recorder.begin, recorder.after)
+            stored = nullcontext(train_set) if cache is None else cached(model, train_set, recipe, cache, device)
+            with _interruptible(recorder), stored as shown:
+                fit(model, shown, recipe, device, recorder.begin, recorder.after)
             return recorder.finish(machine(recipe, device)) if rank() == 0 else None
         except OSError as error:  # the disk is full, or gone
             kept = "the last good checkpoint is kept; make room and go on with --resume"

@@ -14,29 +14,30 @@ from e3va_lite import InputError
 from e3va_lite.analysis.plots import neighbours_figure
 from e3va_lite.backbones.base import trainable_parameters
 from e3va_lite.cli import cli
-from e3va_lite.experiments import report, reproduce
+from e3va_lite.datasets.shapes import write_scenes
+from e3va_lite.experiments import claims, report, reproduce, studies
 from e3va_lite.experiments.jsonl import read_lines
-from e3va_lite.experiments.reproduce import (
+from e3va_lite.experiments.reproduce import CHOOSE_SEED, Run, chosen_rate, next_runs, run_experiment
+from e3va_lite.experiments.studies import (
     ARMS,
-    CHOOSE_SEED,
-    FIRST_RATES,
     METHODS,
     PARTS,
+    PHOTOGRAPH_PARTS,
     RATES,
     STUDIES,
-    chosen_rate,
-    next_runs,
-    run_experiment,
-    seeds_of,
+    photograph_studies,
+    spec_for,
+    write_lists,
 )
 from e3va_lite.methods.registry import METHODS as WAYS
 from e3va_lite.methods.registry import build_backbone, parse_method
 from e3va_lite.recipes.schema import load_recipe
 
-PAIR = ("detection", "e3va++")
+FIRST_RATES = RATES[3:6]  # around the recipes' 1e-3
+PAIR = (STUDIES["detection"], "e3va++")
 
 
-def line(purpose, lr, seed=CHOOSE_SEED, score=None, pair=PAIR):
+def line(purpose, lr, seed=CHOOSE_SEED, score=None, pair=("detection", "e3va++")):
     made = {"study": pair[0], "arm": pair[1], "purpose": purpose, "lr": lr, "seed": seed}
     return made if score is None else {**made, "score": score}
 
@@ -46,7 +47,7 @@ def chosen(scores):
 
 
 def wanted(lines, pairs=(PAIR,)):
-    return [(run.purpose, run.lr, run.seed) for run in next_runs(pairs, lines)]
+    return [(run.purpose, run.lr, run.seed) for run in next_runs(list(pairs), lines)]
 
 
 def test_first_the_learning_rates():
@@ -78,20 +79,22 @@ def test_then_the_seeds():
     lines = chosen(dict.fromkeys(FIRST_RATES, 0.1) | {1e-3: 0.3})
     lines += [line("test", 1e-3, 0, 0.3), line("test", 1e-3, 2)]  # one done, one under way
     assert wanted(lines) == [("test", 1e-3, seed) for seed in (1, 3, 4)]
-    assert wanted(lines, [("detection", "fixed")])[0] == ("choose", FIRST_RATES[0], CHOOSE_SEED)
+    assert wanted(lines, [(STUDIES["detection"], "fixed")])[0] == ("choose", FIRST_RATES[0], CHOOSE_SEED)
 
 
 def test_scenes_to_choose_on_are_no_test_scenes():
-    assert reproduce.CHOOSE_SCENES != reproduce.TEST_SCENES
-    assert CHOOSE_SEED not in range(max(seeds_of(*pair) for pairs in PARTS.values() for pair in pairs))
+    assert studies.CHOOSE_SCENES != studies.TEST_SCENES
+    assert CHOOSE_SEED not in range(max(STUDIES[study].seeds(arm) for part in PARTS.values() for study, arm in part))
 
 
 def test_every_part_is_made_of_studies_and_arms():
+    for part in PHOTOGRAPH_PARTS.values():
+        assert len(part) == len(set(part)) and all(kind in studies.ON_PHOTOGRAPHS and arm in ARMS for kind, arm in part)
     pairs = [pair for part in PARTS.values() for pair in part]
     assert len(pairs) == len(set(pairs)) and all(study in STUDIES and arm in ARMS for study, arm in pairs)
     for study in ("detection", "segmentation", "few images"):
         assert {arm for s, arm in pairs if s == study} >= METHODS.keys()
-    assert {(claim.study, arm) for claim in (*report.CLAIMS, *report.PREMISES) for arm in (claim.a, claim.b)} <= set(
+    assert {(claim.study, arm) for claim in (*claims.CLAIMS, *claims.PREMISES) for arm in (claim.a, claim.b)} <= set(
         pairs
     )
 
@@ -103,6 +106,12 @@ def test_the_twelve_ways_with_ranks_that_are_low(recwarn):
         assert method == name.rstrip("+")
         build_backbone(method, "swin_nano", **options)
     assert not [warning for warning in recwarn if "no longer low" in str(warning.message)]
+
+
+def test_other_backbones_get_the_papers_ranks():
+    assert spec_for("e3va", "swin_nano_deep") == "e3va:rank=2" and spec_for("full", "swin_large") == "full"
+    assert spec_for("e3va", "swin_large") == "e3va:rank=8" and spec_for("lora", "vit_small") == "lora:rank=64"
+    assert spec_for("standard", "swin_large") == "e3va:adapter=standard,middle=32"  # Table 5's
 
 
 def test_the_standard_adapters_have_as_many_parameters():
@@ -132,7 +141,7 @@ def test_the_neighbours_have_as_many_parameters(arm, option, near):
 
 def test_heads_learn_at_one_rate_in_all_arms_of_a_study():
     def rates(arm, lr):
-        recipe = reproduce.Run("detection", arm, "test", lr, 0).recipe()
+        recipe = Run(STUDIES["detection"], arm, "test", lr, 0).recipe()
         return recipe.lr, recipe.head_lr
 
     heads = load_recipe("mini-detection").head_lr
@@ -146,36 +155,37 @@ def test_the_rate_of_heads_is_one_that_the_frozen_backbone_chooses(study):
     lines = read_lines(Path(__file__).parents[2] / "data" / "results" / "reproduce.jsonl")
     chosen = [x for x in lines if x["purpose"] == "choose"]  # lines of costs have no arm
     tried = {x["lr"]: x["score"] for x in chosen if (x["study"], x["arm"]) == (study, "fixed")}
-    assert len(tried) >= 3 and tried[load_recipe(STUDIES[study].recipe).head_lr] > max(tried.values()) - 0.005
+    assert len(tried) >= 3 and tried[load_recipe(STUDIES[study].base).head_lr] > max(tried.values()) - 0.005
 
 
 @pytest.fixture
 def tiny(monkeypatch):
     """The experiment with next to no images and steps."""
-    monkeypatch.setattr(reproduce, "STUDIES", {"detection": reproduce.Study("mini-detection", images=4, steps=1)})
     sizes = {"TRAIN_IMAGES": 6, "TEST_IMAGES": 2, "CHOOSE_IMAGES": 2, "SEEDS": 2, "SEEDS_OF_CLAIMED": 2}
     for name, value in sizes.items():
-        monkeypatch.setattr(reproduce, name, value)
-    monkeypatch.setattr(reproduce, "RATES", (1e-3, 3e-3))
-    monkeypatch.setattr(reproduce, "FIRST_RATES", (1e-3, 3e-3))
+        monkeypatch.setattr(studies, name, value)
+    for module in (reproduce, studies):
+        monkeypatch.setattr(module, "RATES", (3e-4, 1e-3, 3e-3))
+    study = studies.Scenes("detection", "mini-detection", images=4, steps=1)
+    return [(study, "fixed"), (study, "e3va")]
 
 
 def test_a_stopped_experiment_goes_on(tiny, tmp_path):
-    file, arms = tmp_path / "runs.jsonl", [("detection", "fixed"), ("detection", "e3va")]
+    file = tmp_path / "runs.jsonl"
 
     def go():
-        run_experiment(arms, read_lines(file), file, tmp_path / "data", torch.device("cpu"), 2)
+        run_experiment([tiny], read_lines(file), file, tmp_path / "data", torch.device("cpu"), 2)
         return read_lines(file)
 
     whole = go()
-    assert [x["purpose"] for x in whole].count("choose") == 4 and len(whole) == 8
+    assert [x["purpose"] for x in whole].count("choose") == 6 and len(whole) == 10
     assert all(x["status"] == "done" and x["versions"]["torch"] and x["weights"] for x in whole)
     assert go() == whole  # nothing left to do
     kept = [x for x in whole if (x["arm"], x["purpose"], x["seed"]) != ("e3va", "test", 1)]
     others = [{**x, "recipe": {**x["recipe"], "clip": 0.5}} for x in whole if x not in kept]
     file.write_text("".join(json.dumps(x) + "\n" for x in [*kept, *others]) + '{"study": "dete')
     again = go()
-    assert len(again) == 9  # the cut line is nobody's, and a run with another recipe is not this one
+    assert len(again) == 11  # the cut line is nobody's, and a run with another recipe is not this one
     assert again[-1]["score"] == next(x for x in whole if x not in kept)["score"]
     assert again[-1]["last_losses"] == next(x for x in whole if x not in kept)["last_losses"]
 
@@ -196,8 +206,8 @@ def test_no_run_outlives_the_experiment(tmp_path):
     for name, value in {"TRAIN_IMAGES": 4, "TEST_IMAGES": 1, "CHOOSE_IMAGES": 1}.items():
         words += [f"{name}={value}"]
     program = (
-        "import sys; from e3va_lite import cli; from e3va_lite.experiments import reproduce\n"
-        "for word in sys.argv[9:]: name, value = word.split('='); setattr(reproduce, name, int(value))\n"
+        "import sys; from e3va_lite import cli; from e3va_lite.experiments import studies\n"
+        "for word in sys.argv[9:]: name, value = word.split('='); setattr(studies, name, int(value))\n"
         "sys.argv[9:] = []; cli.main()"
     )
     command = subprocess.Popen([sys.executable, "-c", program, *words], stderr=subprocess.DEVNULL)
@@ -222,7 +232,7 @@ def _children(pid):
 
 
 def test_costs():
-    arms = [("detection", arm) for arm in ("full", "fixed", "e3va", "chained")]
+    arms = [(STUDIES["detection"], arm) for arm in ("full", "fixed", "e3va", "chained")]
     (found,) = reproduce.measure_costs(arms, torch.device("cpu"), rounds=1)
     rows = {row["arm"]: row for row in found["rows"]}
     assert list(rows) == [arm for _, arm in arms] and rows["full"]["seconds_of_full"] == 1
@@ -231,11 +241,12 @@ def test_costs():
 
 
 def test_a_run_that_diverges_is_a_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(reproduce, "TRAIN_IMAGES", 4)
-    monkeypatch.setattr(reproduce, "TEST_IMAGES", 1)
-    reproduce.write_data(tmp_path, ["detection"])
-    recipe = reproduce.Run("detection", "full", "test", 1e30, 0).recipe()
-    found = reproduce.perform(reproduce.replace(recipe, steps=3, clip=None), 4, "test", tmp_path, "cpu")
+    monkeypatch.setattr(studies, "TRAIN_IMAGES", 4)
+    monkeypatch.setattr(studies, "TEST_IMAGES", 1)
+    study = studies.Scenes("detection", "mini-detection", images=4)
+    study.prepare(tmp_path)
+    recipe = Run(study, "full", "test", 1e30, 0).recipe()
+    found = reproduce.perform(study, reproduce.replace(recipe, steps=3, clip=None), "test", tmp_path, "cpu")
     assert (found["status"], found["score"]) == ("failed", 0.0) and "lower lr" in found["message"]
 
 
@@ -365,7 +376,7 @@ def test_the_report_says_where_the_heads_rate_is_not_the_frozen_backbones_own():
 
 
 def test_the_papers_numbers_beside_the_claims():
-    papers = {(claim.text, claim.study): claim.printed() for claim in report.CLAIMS}
+    papers = {(claim.text, claim.study): claim.printed() for claim in claims.CLAIMS}
     assert papers["E3VA is better than a frozen backbone", "detection"] == "Table 1: 86.5 against 83.6"
     assert papers["E3VA is near adapters inside the backbone", "segmentation"] == "Table 1: 49.64 against 50.78"
     assert papers["Parallel adapters are better than chained ones", "longer"] == "Table 5: 86.5 against 85.9"
@@ -380,6 +391,12 @@ def test_the_papers_numbers_beside_the_claims():
     [
         (["reproduce", "--part", "cor"], "did you mean core"),
         (["report", "nothing.jsonl"], "holds no finished runs"),
+        (["reproduce", "--set", "detection.steps=3"], "--set is for studies on photographs"),
+        (["reproduce", "--photographs", "detecton=."], "did you mean detection"),
+        (["reproduce", "--photographs", "detection"], "write --photographs STUDY=ROOT"),
+        (["reproduce", "--photographs", "vit=nowhere"], "there is no folder 'nowhere'"),
+        (["reproduce", "--photographs", "vit=.", "--set", "detection.steps=3"], "STUDY out of vit"),
+        (["reproduce", "--photographs", "vit=.", "--quick"], "--quick is for generated scenes"),
     ],
 )
 def test_bad_input(words, message, tmp_path, monkeypatch):
@@ -387,3 +404,101 @@ def test_bad_input(words, message, tmp_path, monkeypatch):
     result = CliRunner().invoke(cli, words)
     assert isinstance(result.exception, InputError) and message in str(result.exception)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def voc(tmp_path_factory):
+    """A VOC-shaped folder of 20 + 3 images."""
+    root = tmp_path_factory.mktemp("photographs") / "voc"
+    write_scenes(root, "voc", 20, 3, seed=0, size=64)
+    return root
+
+
+@pytest.fixture
+def on_photographs(voc, monkeypatch):
+    """Studies on photographs with next to no steps: by kind."""
+    for module in (reproduce, studies):
+        monkeypatch.setattr(module, "RATES", (3e-4, 1e-3, 3e-3))
+    monkeypatch.setattr(studies, "SEEDS", 2)
+    fields = {"steps": "1", "batch": "1", "train_split": "train", "eval_split": "val", "min_size": "64"}
+    fields |= {"max_size": "64", "canvas": "64", "name": "shapes"}
+    return photograph_studies({"detection": voc}, {f"detection.{key}": value for key, value in fields.items()})
+
+
+def test_photographs_to_choose_on_are_neither_trained_nor_tested_on_then(on_photographs):
+    whole, few = on_photographs["photographs, detection"], on_photographs["photographs, few"]
+    assert (whole.name, few.name) == ("shapes", "shapes, a tenth of the images")
+    names = whole.lists
+    assert {part: len(files) for part, files in names.items()} == {"train": 20, "choose": 4, "test": 3}
+    assert set(names["choose"]) < set(names["train"]) and not set(names["train"]) & set(names["test"])
+    assert len(few.lists["train"]) == 2 and few.lists["choose"] == names["choose"]
+    for study in (whole, few):
+        shown, judged, _ = study.datasets(study.recipe("full", "choose"), "choose")
+        trained = {shown.dataset.paths[i] for i in shown.indices}
+        assert trained and not trained & set(judged.paths) and not shown.dataset.images[0].path.is_symlink()
+        assert {path.relative_to(study.root).as_posix() for path in trained} <= set(study.lists["train"])
+
+
+def test_neck_and_heads_get_the_rate_that_a_frozen_backbone_chooses(on_photographs):
+    study = on_photographs["photographs, detection"]
+    pairs = [(study, arm) for arm in ("fixed", "e3va", "full")]
+    first = list(next_runs(pairs, []))
+    assert {run.arm for run in first} == {"fixed"} and all(run.recipe().head_lr == run.lr for run in first)
+    assert {run.arm for run in next_runs(pairs[1:], [])} == {"fixed"}  # also where a part has no frozen backbone
+    lines = [{**run.key(), "score": 0.2 + (run.lr == 1e-3)} for run in first]
+    then = list(next_runs(pairs, lines))
+    others = [run for run in then if run.purpose == "choose"]
+    assert {(run.arm, run.head_lr, run.recipe().head_lr) for run in others} == {
+        ("e3va", 1e-3, 1e-3),
+        ("full", 1e-3, 1e-3),
+    }
+    assert {run.arm: run.lr for run in reversed(others)} == {"e3va": 3e-4, "full": 3e-4}
+    lines += [{**run.key(), "score": 0.1} for run in others]
+    assert [(run.arm, run.seed) for run in next_runs(pairs, lines)] == [
+        (arm, seed) for seed in range(2) for arm in ("fixed", "e3va", "full")
+    ]
+    elsewhere = [{**line, "head_lr": 3e-3} for line in lines if "head_lr" in line]
+    assert {run.arm for run in next_runs(pairs, [*lines[:3], *elsewhere]) if run.purpose == "choose"} == {
+        "e3va",
+        "full",
+    }
+
+
+def test_photographs_from_the_command_line(on_photographs, voc, tmp_path):
+    study, file = on_photographs["photographs, detection"], tmp_path / "runs.jsonl"
+    write_lists(on_photographs.values(), tmp_path / "images.json")
+    run_experiment([[(study, "fixed"), (study, "e3va")]], [], file, tmp_path, torch.device("cpu"), 2)
+    lines = read_lines(file)
+    assert len(lines) == 10 and {line["status"] for line in lines} == {"done"}
+    listed = json.loads((tmp_path / "images.json").read_text())
+    for line in lines:
+        assert (line["study"], line["kind"]) == ("shapes", "photographs, detection") and str(voc) not in json.dumps(
+            line
+        )
+        assert all(listed["lists"][part["sha256"]][0].startswith("JPEGImages/") for part in line["images"].values())
+        assert line["recipe"]["steps"] == 1 and line["images"]["train"]["count"] == 20
+    assert listed["studies"]["shapes"]["test"]["count"] == 3
+    for line in lines:
+        del line["recipe"]["detections"]  # as if the field were newer than the line
+    assert all(reproduce._is_ours(line, {"shapes": study}) for line in lines)
+    swapped = {"detection.train_split": "val", "detection.eval_split": "train", "detection.name": "shapes"}
+    other = photograph_studies({"detection": voc}, swapped)
+    assert not any(reproduce._is_ours(line, {"shapes": other["photographs, detection"]}) for line in lines)
+
+
+def test_weights_are_named_by_their_content(voc, tmp_path):
+    from safetensors.torch import save_file
+
+    from e3va_lite.backbones.swin import create_swin
+
+    save_file(create_swin("swin_nano").state_dict(), tmp_path / "mine.safetensors")
+    own = {"detection.weights": str(tmp_path / "mine.safetensors")}
+    own |= {"detection.train_split": "train", "detection.eval_split": "val"}
+    study = photograph_studies({"detection": voc}, own)["photographs, detection"]
+    said = {arm: reproduce.setting(Run(study, arm, "test", 1e-3, 0)) for arm in ("full", "from scratch")}
+    assert said["full"]["weights"] and said["from scratch"]["weights"] is None
+    assert (
+        Run(study, "full", "test", 1e-3, 0).recipe().weights
+        and not Run(study, "from scratch", "test", 1e-3, 0).recipe().weights
+    )
+    assert "mine.safetensors" not in json.dumps(said)

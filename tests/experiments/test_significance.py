@@ -52,3 +52,13 @@ def test_holm_lets_one_false_claim_in_twenty_through():
     """Twenty claims, none of them true: how often at least one of them is believed."""
     rng = np.random.default_rng(3)
     assert np.mean([min(holm(rng.uniform(size=20).tolist())) < 0.05 for _ in range(4000)]) < 0.06
+
+
+def test_as_many_seeds_as_are_needed_find_the_difference_four_times_in_five():
+    rng = np.random.default_rng(4)
+    once = difference((rng.normal(0, 1, 6) + 1).tolist(), [0.0] * 6)
+    true = once.mean / once.deviation  # in deviations
+    n = once.seeds_needed()
+    found = [difference(rng.normal(true, 1, n), np.zeros(n)).p_more() < 0.025 for _ in range(4000)]
+    assert 0.78 < np.mean(found) < 0.9  # n is whole
+    assert once.seeds_needed(claims=30) > n and once.seeds_needed(margin=once.mean) is None

@@ -305,3 +305,14 @@ def test_maps_that_are_not_nchw_are_refused():
 
     with pytest.raises(InputError, match="NCHW"):
         tiny(backbone=ChannelsLast())([torch.rand(3, 64, 64)], [target((4, 6, 40, 44))])
+
+
+def test_training_images_on_a_canvas():
+    """A square of its own size, whatever else is in the batch; for an evaluation an image is padded as ever."""
+    model, images = tiny(size=64, canvas=80), [torch.rand(3, 64, 48), torch.rand(3, 32, 64)]
+    together = model.train().transform(images)[0].tensors
+    assert together.shape == (2, 3, 96, 96)  # a multiple of 32
+    assert torch.equal(model.transform(images[1:])[0].tensors, together[1:])
+    assert model.eval().transform(images[1:])[0].tensors.shape == (1, 3, 32, 64)
+    with pytest.raises(InputError, match="canvas=63 is smaller than images of max_size=64"):
+        tiny(size=64, canvas=63)
