@@ -1,7 +1,9 @@
-"""Mirroring, resizing and cropping, which boxes and masks follow; the numbers are torchvision's."""
+"""Mirroring, zooming, resizing and cropping, which boxes and masks follow; the numbers are torchvision's."""
 
 import torch
 from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms import v2
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 from torchvision.tv_tensors import BoundingBoxFormat
@@ -10,21 +12,31 @@ SMALLEST_SIDE = 0.01  # pixels: a thinner box could lose its width to rounding w
 SHORT_SIDES, LONGEST = (400, 500, 600), 4200  # to which an image is resized before it is cropped
 CROP = (384, 600)  # smallest and largest side of a crop
 CORNERS = BoundingBoxFormat.XYXY
+#: As SSD does, but less: its images are zoomed out up to four times, on half of them, and cropped to less.
+ZOOM = v2.Compose(
+    [
+        v2.RandomZoomOut(fill=0.45, side_range=(1.0, 2.0), p=0.3),
+        v2.RandomIoUCrop(min_scale=0.4),
+        v2.SanitizeBoundingBoxes(labels_getter=lambda inputs: [inputs[1][key] for key in ("labels", "difficult")]),
+    ]
+)
 
 
-def augment(image: Tensor, target: dict, crop: bool) -> tuple[Tensor, dict]:
-    """Mirror half of the images; with ``crop``, resize and crop half of them, as DETR does.
+def augment(image: Tensor, target: dict, crop: bool = False, zoom: bool = False) -> tuple[Tensor, dict]:
+    """Mirror half of the images.
 
     Args:
         image: (3, H, W).
-        target: With ``boxes`` (N, 4) and, needed for ``crop``, ``masks`` (N, H, W).
+        target: With ``boxes`` (N, 4); for ``crop`` ``masks`` (N, H, W), for ``zoom`` ``difficult`` (N,).
+        crop: Also resize and crop half of them, as DETR does.
+        zoom: Also zoom out of some of them, and crop most of them to a part that has objects: see ``ZOOM``.
     """
     if mirrors_now():
         image, target = mirrored(image, target)
     if crop and torch.rand(()) < 0.5:
         short = SHORT_SIDES[int(torch.randint(len(SHORT_SIDES), ()))]
         image, target = _cropped(*_resized(image, target, short))
-    return image, target
+    return _zoomed(image, target) if zoom else (image, target)
 
 
 def mirrors_now() -> bool:
@@ -37,6 +49,12 @@ def mirrored(image: Tensor, target: dict) -> tuple[Tensor, dict]:
     boxes = F.horizontal_flip_bounding_boxes(target["boxes"], CORNERS, tuple(image.shape[-2:]))
     masks = {"masks": F.horizontal_flip(target["masks"])} if "masks" in target else {}
     return F.horizontal_flip(image), {**target, "boxes": boxes, **masks}
+
+
+def _zoomed(image: Tensor, target: dict) -> tuple[Tensor, dict]:
+    boxes = tv_tensors.BoundingBoxes(target["boxes"], format=CORNERS, canvas_size=tuple(image.shape[-2:]))
+    image, target = ZOOM(tv_tensors.Image(image), {**target, "boxes": boxes})
+    return image.as_subclass(Tensor).contiguous(), {**target, "boxes": target["boxes"].as_subclass(Tensor)}
 
 
 def _resized(image: Tensor, target: dict, short: int) -> tuple[Tensor, dict]:

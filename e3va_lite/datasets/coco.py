@@ -71,6 +71,7 @@ class COCOInstances(ObjectDataset):
         classes: Without: all categories of the file, by their ids.
         crop: With ``train``, crop half of the images too.
         boxes_only: Do without masks.
+        zoom: With ``train`` and ``boxes_only``, zoom out of images and crop them, too: see :func:`.augment.augment`.
     """
 
     def __init__(
@@ -87,9 +88,10 @@ class COCOInstances(ObjectDataset):
         boxes_only: bool = False,
         drop_others: bool = False,
         limits: Limits = LIMITS,
+        zoom: bool = False,
     ) -> None:
         file = _File(root, split, Layout(images, annotations, boxes_only), limits, classes, drop_others)
-        super().__init__(file, train, strict, masks=not boxes_only, crop=crop)
+        super().__init__(file, train, strict, masks=not boxes_only, crop=crop, zoom=zoom)
         self.category_ids = ids_of(self.classes, file.ids)
 
     def ground_truth(self) -> dict:

@@ -179,12 +179,14 @@ class ObjectDataset(Dataset):
             in the list, nothing to train on; when an item is loaded, for an image that cannot be used.
     """
 
-    def __init__(self, walk: ObjectWalk, train: bool, strict: bool, masks: bool = False, crop: bool = False) -> None:
+    def __init__(
+        self, walk: ObjectWalk, train: bool, strict: bool, masks: bool = False, crop: bool = False, zoom: bool = False
+    ) -> None:
         if walk.errors:
             raise walk.errors[0]
         # Lists of tuples: tensors would travel to spawned workers as one open file each.
         self.classes, self.images = walk.classes, walk.images
-        self.train, self.limits, self.masks, self.crop = train, walk.limits, masks, crop
+        self.train, self.limits, self.masks, self.crop, self.zoom = train, walk.limits, masks, crop, zoom
         notes = counted(walk.problems, walk.warned, walk.short)
         if notes and strict:
             raise InputError(f"in {walk}, {'; '.join(notes)}. Correct the files, or go without strict.")
@@ -211,7 +213,7 @@ class ObjectDataset(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict]:
         item = self.as_stored(index)
-        return augment(*item, self.crop) if self.train else item
+        return augment(*item, self.crop, self.zoom) if self.train else item
 
     def as_stored(self, index: int) -> tuple[Tensor, dict]:
         """An item that is not augmented."""

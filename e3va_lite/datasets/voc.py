@@ -60,6 +60,7 @@ class VOCDetection(ObjectDataset):
             a devkit that holds several, as in ``2007_trainval+2012_trainval``.
         classes: Without: VOC's twenty if no object has another name, else the names found in this split, sorted.
         folders: Other places of the files below the root.
+        zoom: With ``train``, zoom out of images and crop them, too: see :func:`.augment.augment`.
     """
 
     def __init__(
@@ -73,8 +74,9 @@ class VOCDetection(ObjectDataset):
         drop_others: bool = False,
         folders: Folders = DEVKIT,
         limits: Limits = LIMITS,
+        zoom: bool = False,
     ) -> None:
-        super().__init__(_Walk(root, split, folders, limits, classes, drop_others), train, strict)
+        super().__init__(_Walk(root, split, folders, limits, classes, drop_others), train, strict, zoom=zoom)
 
 
 def find_problems(recipe: VOCRecipe, root: Path | str, split: str) -> Findings:

@@ -97,6 +97,7 @@ class VOCRecipe(Recipe):
     min_size: Count = 600
     max_size: Count = 1000
     canvas: Count | None = None  # side of the square that training images are padded to; default: the batch's largest
+    zoom: bool = False  # zoom out of training images, and crop them around objects
     detections: Count = 100  # objects per image that the detector returns, at most
 
 

@@ -42,6 +42,7 @@ def dataset(
         boxes_only=boxes_only,
         drop_others=recipe.classes is not None,
         limits=Limits(recipe.max_megapixels, recipe.max_size),
+        zoom=boxes_only and recipe.zoom,
     )
 
 

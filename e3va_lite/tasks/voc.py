@@ -32,7 +32,7 @@ def dataset(
     train: bool = False,
     strict: bool = False,
 ) -> VOCDetection:
-    """A split; with ``train``, half of the images are mirrored and ``difficult`` objects are left out."""
+    """A split; with ``train`` without ``difficult`` objects, mirrored and, if the recipe says so, zoomed."""
     return VOCDetection(
         root,
         split,
@@ -42,6 +42,7 @@ def dataset(
         drop_others=recipe.classes is not None,
         folders=Folders(recipe.images, recipe.annotations, recipe.listing),
         limits=Limits(recipe.max_megapixels, recipe.max_size),
+        zoom=recipe.zoom,
     )
 
 

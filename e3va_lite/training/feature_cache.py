@@ -132,6 +132,8 @@ def cached(
             f"--cache is for RetinaNet: images of the task {recipe.task} are augmented at random sizes, so that a "
             "backbone sees other pixels at every step; leave out --cache."
         )
+    if recipe.zoom:
+        raise InputError("--cache needs images that look alike at every step: set zoom=false, or leave out --cache.")
     if recipe.canvas is None:
         raise InputError(
             "--cache needs images that are always padded alike, not to the largest one of their batch: "

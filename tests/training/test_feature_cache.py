@@ -99,6 +99,7 @@ def test_a_part_of_the_images_reads_the_maps_of_all(root, tmp_path):
         ({"method": "e3va", "options": {"memory": "recompute"}}, "memory=store or memory=compress"),
         ({"method": "e3va", "options": {"structure": "chained"}}, "parallel E3VA"),
         ({"method": "fixed", "canvas": None}, "set canvas=72"),
+        ({"method": "fixed", "zoom": True}, "set zoom=false"),
         ({"method": "fixed", "precision": "bfloat16"}, "precision=float32"),
     ],
 )
