@@ -348,15 +348,38 @@ def predict(run, images, out, annotations, best, weights, device, as_json, **oth
 
 @cli.command()
 @argument("run", type=PATH)
-@option("--out", type=PATH, help="A new .safetensors file.  [default: RUN/export.safetensors]")
-@option("--backbone-only", is_flag=True, help="Adapters and norms alone, without neck and head.")
-@options(BEST, WEIGHTS)
-def export(run, out, **others) -> None:
-    """Write what RUN trained as one small file that goes beside the pretrained weights again."""
-    from .training.export import export as write
+@option("--format", type=click.Choice(["safetensors", "onnx", "torch-export"]), default="safetensors")
+@option("--out", type=PATH, help="A new file.  [default: RUN/export.safetensors, .onnx or .pt2]")
+@option("--backbone-only", is_flag=True, help="Without neck and head.")
+@option("--int8", is_flag=True, help="Graphs: frozen weights of linear layers in 8 bits; says what that changes.")
+@option("--size", metavar="HxW", help="Graphs: of all images, in pixels; torch-export needs it.  [default: any]")
+@options(BEST, WEIGHTS, JSON)
+def export(run, format, out, int8, size, as_json, **others) -> None:
+    """Write the model of RUN as one file.
 
-    out = out or run / "export.safetensors"
-    click.echo(f"saved: {out}, {write(run, out, **others) / 1e6:.2f} MB")
+    safetensors: what was trained, a small file that goes beside the pretrained weights again; with --backbone-only
+    adapters and norms alone.
+
+    onnx, torch-export: a graph that needs this package no more, of the whole model or, with --backbone-only, from
+    images to maps; RUN may be a .safetensors file of this command, too. The graph is read back and compared with the
+    model, and kept only if it computes the same. What goes in and comes out is described in the file and in
+    e3va_lite.training.deploy.
+    """
+    suffix = {"safetensors": ".safetensors", "onnx": ".onnx", "torch-export": ".pt2"}[format]
+    out = out or (run.with_suffix(suffix) if run.is_file() else run / f"export{suffix}")
+    if format == "safetensors":
+        from .training.export import export as write
+
+        if int8 or size:
+            raise InputError("--int8 and --size are for graphs: give --format onnx or torch-export, too.")
+        report, as_text = {"bytes": write(run, out, **others)}, lambda _: []
+    else:
+        from .backbones.swin import image_size
+        from .training.deploy import as_text, deploy
+
+        report = deploy(run, out, format, int8=int8, size=image_size(size) if size else None, **others)
+    said = [f"saved: {out}, {report['bytes'] / 1e6:.2f} MB", *as_text(report)]
+    _print(report, as_json, lambda _: "\n".join(said))
 
 
 # Experiments ----------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ SLOW = {"torch", "timm", "torchvision", "numpy", "scipy", "matplotlib", "mmseg"}
 # From the ground up: a file imports of its own floor and of those below. The last floor is the command line.
 FLOORS = (
     ("errors",),
-    ("files",),
+    ("files", "transfer"),
     ("backbones", "adapters", "recipes"),
     ("fused", "datasets"),
     ("highway",),
@@ -58,7 +58,7 @@ def test_nothing_slow_is_imported_before_it_is_asked_for(program):
 def test_a_backbone_comes_without_what_trains_it():
     assert rooms_loaded_by("import e3va_lite.backbones.swin") == {"backbones", "errors"}
     built = rooms_loaded_by("import e3va_lite; e3va_lite.build_backbone('e3va', 'swin_nano')")
-    assert built == {"adapters", "backbones", "errors", "fused", "highway", "methods"}
+    assert built == {"adapters", "backbones", "errors", "fused", "highway", "methods", "transfer"}
 
 
 @pytest.mark.parametrize("name", e3va_lite.__all__)

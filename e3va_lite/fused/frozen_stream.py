@@ -8,6 +8,7 @@ padding, shift and windows are one index instead of four copies.
 
 from collections.abc import Iterator
 from functools import lru_cache
+from itertools import product
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from ..backbones.base import f_p1, f_p2
 from ..backbones.swin import RollsFirst
+from ..transfer import send
 
 #: Tokens that pass a block together: few enough for a CPU's cache, many enough to keep a GPU busy.
 ROWS = {"cpu": 4096, "gpu": 65536}
@@ -88,11 +90,23 @@ def _attend(block: SwinTransformerBlock, l: Tensor, windows: list[tuple]) -> Ten
 def _windows(
     shape: torch.Size, window: tuple[int, int], shift: tuple[int, int], timms_order: bool, device: torch.device
 ) -> list[tuple]:
-    arrays = _window_indices(*shape[:3], *window, *shift, timms_order, rows_per_slice(device))
-    return [tuple(None if x is None else torch.from_numpy(x).to(device) for x in some) for some in arrays]
+    key = (*shape[:3], *window, *shift, timms_order, rows_per_slice(device))
+    if device.type == "cuda":
+        return _windows_on(device, *key)
+    return _tensors(_window_indices(*key), device)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=64)  # eight shapes of images, of a megabyte or two on the device each
+@torch.inference_mode(False)  # what evaluation computes has to serve training, too
+def _windows_on(device: torch.device, *key: int) -> list[tuple]:
+    return _tensors(_window_indices(*key), device)
+
+
+def _tensors(groups: list[tuple], device: torch.device) -> list[tuple]:
+    return [tuple(None if x is None else send(torch.from_numpy(x), device) for x in some) for some in groups]
+
+
+@lru_cache(maxsize=256)  # Pascal VOC has some thirty shapes of batches
 def _window_indices(
     batch: int, height: int, width: int, wh: int, ww: int, sh: int, sw: int, timms_order: bool, size: int
 ) -> list[tuple]:
@@ -110,23 +124,25 @@ def _window_indices(
     """
     h, w = height + -height % wh, width + -width % ww
     if timms_order:
-        y = np.pad(np.roll(np.arange(height), -sh), (0, h - height), constant_values=height)[:, None]
+        y = np.pad(np.roll(np.arange(height), -sh), (0, h - height), constant_values=height)
         x = np.pad(np.roll(np.arange(width), -sw), (0, w - width), constant_values=width)
     else:
-        y, x = np.roll(np.arange(h), -sh)[:, None], np.roll(np.arange(w), -sw)
-    past_seam = 2 * (np.arange(h) >= h - sh)[:, None] + (np.arange(w) >= w - sw)
-
-    def cut(values: np.ndarray) -> np.ndarray:
-        """(h, w) -> (windows, tokens)"""
-        return values.reshape(h // wh, wh, w // ww, ww).transpose(0, 2, 1, 3).reshape(-1, wh * ww)
-
-    indices = cut(np.where((y < height) & (x < width), y * width + x, -1))
-    kinds, kind = np.unique(cut(past_seam), axis=0, return_inverse=True)
+        y, x = np.roll(np.arange(h), -sh), np.roll(np.arange(w), -sw)
+    y, x = y.reshape(-1, 1, wh, 1), x.reshape(1, -1, 1, ww)  # windows down and across, tokens down and across
+    indices = np.where((y < height) & (x < width), y * width + x, -1)
+    # A seam across runs through the last row of windows, a seam down through the last column.
+    rows_of = {False: slice(0, h // wh - (sh > 0)), True: slice(h // wh - 1, h // wh if sh else 0)}
+    columns_of = {False: slice(0, w // ww - (sw > 0)), True: slice(w // ww - 1, w // ww if sw else 0)}
+    past = (np.arange(wh) >= wh - sh)[:, None], np.arange(ww) >= ww - sw
     groups = []
-    for number, seam in enumerate(kinds):
-        mask = np.where(seam[:, None] == seam, np.float32(0), np.float32(-10_000)) if np.ptp(seam) else None
-        rows = [np.where(indices < 0, batch * height * width, indices + i * height * width) for i in range(batch)]
-        rows = np.concatenate([image[kind.ravel() == number] for image in rows])
+    for down, across in product((False, True), repeat=2):
+        kind = indices[rows_of[across], columns_of[down]].reshape(-1, wh * ww)
+        if not len(kind):
+            continue
+        seam = (2 * (past[0] & across) + (past[1] & down)).ravel()
+        mask = np.where(seam[:, None] == seam, np.float32(0), np.float32(-10_000)) if across or down else None
+        rows = [np.where(kind < 0, batch * height * width, kind + i * height * width) for i in range(batch)]
+        rows = np.concatenate(rows)
         for some in np.array_split(rows, min(-(-rows.size // size), len(rows))):
             padding = some.reshape(-1, 1) == batch * height * width
             groups.append((some.ravel(), padding if padding.any() else None, mask))

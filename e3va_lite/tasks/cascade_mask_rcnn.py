@@ -14,20 +14,29 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models.detection._utils import BalancedPositiveNegativeSampler, BoxCoder
+from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
 from torchvision.ops import batched_nms, box_area, box_iou, roi_align
 from torchvision.ops import clip_boxes_to_image as clip
-from torchvision.ops import generalized_box_iou_loss as giou_loss
 from torchvision.ops._utils import convert_boxes_to_roi_format
 from torchvision.ops.boxes import remove_small_boxes
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from ..errors import InputError
-from .detection import IMAGE_MEAN, IMAGE_STD, Anchors, Pyramid, at_least_float32, check_arguments, divisor, mean_count
+from .detection import (
+    IMAGE_MEAN,
+    IMAGE_STD,
+    Anchors,
+    Coder,
+    Pyramid,
+    Transform,
+    at_least_float32,
+    check_arguments,
+    divisor,
+    mean_count,
+)
 from .region_proposals import ProposalNetwork
 
 STAGES = (  # minimum overlap of a positive box, weight of the losses, weights of the box coder
@@ -38,6 +47,7 @@ STAGES = (  # minimum overlap of a positive box, weight of the losses, weights o
 BOX_WEIGHT = 10.0  # of GIoU beside cross-entropy
 POSITIVE = 0.25  # maximum share of the sampled boxes that have an object
 BOX_CELLS, MASK_CELLS, MASK_SIDE = 7, 14, 28  # side of the pooled maps that the heads get, and of a mask
+MASKS = 8  # that are cut out at a time
 MIN_SCORE, OVERLAP = 0.05, 0.5  # of detections
 
 
@@ -128,7 +138,7 @@ class _CascadeMaskRCNN(GeneralizedRCNN):
         return super().forward(images, targets)
 
 
-class _Transform(GeneralizedRCNNTransform):
+class _Transform(Transform):
     """Torchvision's, with a separate size for evaluation, and with masks pasted without rounding.
 
     Torchvision rounds a box to whole pixels before it pastes a mask into it, which is worst for small objects.
@@ -144,9 +154,10 @@ class _Transform(GeneralizedRCNNTransform):
     def postprocess(
         self, result: list[dict], image_shapes: list[tuple[int, int]], original_image_sizes: list[tuple[int, int]]
     ) -> list[dict]:
-        for n, found in enumerate(result):  # none in train mode
-            found["boxes"] = resize_boxes(found["boxes"], image_shapes[n], original_image_sizes[n])
-            found["masks"] = paste(found["masks"], found["boxes"], original_image_sizes[n])
+        for found, size in zip(
+            super().postprocess(result, image_shapes, original_image_sizes), original_image_sizes, strict=False
+        ):
+            found["masks"] = paste(found["masks"], found["boxes"], size)
         return result
 
 
@@ -213,25 +224,27 @@ class _Cascade(nn.Module):
             boxes, labels, truth, shapes, new = zip(*drawn, strict=True)
             scores, offsets = stage.classify(pool(maps, self.strides, boxes, BOX_CELLS))
             refined = stage.coder.decode_single(offsets, torch.cat(boxes))
-            positive = [b[label > 0] for b, label in zip(boxes, labels, strict=True)]
+            found = [label.nonzero_static(size=len(shape))[:, 0] for label, shape in zip(labels, shapes, strict=True)]
+            positive = [b[one] for b, one in zip(boxes, found, strict=True)]
             logits = stage.mask(pool(maps, self.strides, positive, MASK_CELLS))
 
             label, truth, shapes = torch.cat(labels), torch.cat(truth), torch.cat(shapes)
-            found = label > 0
+            found = label.nonzero_static(size=len(shapes))[:, 0]
             logits = logits[torch.arange(len(logits), device=label.device), label[found] - 1]
             # The sums are divided by the counts over all processes. This also has to run where a batch has no objects,
             # since the other processes wait for the counts.
             boxes_in_all, found_in_all = (mean_count(len(x), x.device) for x in (scores, logits))
             terms = {
                 "class": F.cross_entropy(scores, label, reduction="sum") / boxes_in_all,
-                "box": BOX_WEIGHT * giou_loss(refined[found], truth[found], reduction="sum") / boxes_in_all,
+                "box": BOX_WEIGHT * giou_loss(refined[found], truth[found]) / boxes_in_all,
                 "mask": F.binary_cross_entropy_with_logits(logits, shapes.to(logits), reduction="sum")
                 / (MASK_SIDE**2 * found_in_all),
             }
             losses |= {f"stage{n}_{name}": stage.weight * term for name, term in terms.items()}
 
-            refined = refined.detach().split([len(b) for b in boxes])
-            boxes = [_nonempty(clip(b[own], size), size) for b, own, size in zip(refined, new, sizes, strict=True)]
+            if n < len(self.stages):
+                refined = refined.detach().split([len(b) for b in boxes])
+                boxes = [_nonempty(clip(b, size), size, own) for b, own, size in zip(refined, new, sizes, strict=True)]
         return losses
 
     def detections(self, maps: list[Tensor], boxes: list[Tensor], sizes: list[tuple[int, int]]) -> list[dict]:
@@ -267,7 +280,7 @@ class _Stage(nn.Module):
         num_classes: int,
     ):
         super().__init__()
-        self.min_iou, self.weight, self.coder = min_iou, weight, BoxCoder(coder)
+        self.min_iou, self.weight, self.coder = min_iou, weight, Coder(coder)
         shape = (channels, BOX_CELLS, BOX_CELLS)
         self.box_head = FastRCNNConvFCHead(shape, [channels] * 4, [head_channels], norm_layer=nn.BatchNorm2d)
         self.scores = nn.Linear(head_channels, 1 + num_classes)  # the background is 0
@@ -305,9 +318,11 @@ def pool(maps: list[Tensor], strides: list[int], boxes: list[Tensor], cells: int
     """
     rois = convert_boxes_to_roi_format(list(boxes)).to(maps[0].dtype)  # (R, 5), the number of its image before each
     level = torch.log2(box_area(rois[:, 1:]).sqrt() / (14 * strides[0]) + 1e-6).floor().clamp(0, len(maps) - 1)
+    level = level.nan_to_num(len(maps))  # a box that is not a number has no level
+    counts = (level[:, None] == torch.arange(len(maps) + 1, device=level.device)).sum(0).tolist()
+    *order, _ = level.argsort(stable=True).split(counts)
     result = maps[0].new_zeros(len(rois), maps[0].shape[1], cells, cells)
-    for i, (x, stride) in enumerate(zip(maps, strides, strict=True)):
-        here = level == i
+    for x, stride, here in zip(maps, strides, order, strict=True):
         result[here] = roi_align(x, rois[here], cells, 1 / stride, sampling_ratio=0, aligned=True)
     return result
 
@@ -329,20 +344,59 @@ def _sample(
         overlap, objects = box_iou(true, boxes).max(dim=0)
         labels = torch.where(overlap >= min_iou, target["labels"][objects], 0)
     (positive,), (negative,) = sampler([labels])
-    drawn = (positive | negative).nonzero()[:, 0]
+    chosen = positive | negative
+    of_object = (objects[:, None] == torch.arange(len(true), device=boxes.device)) & positive.bool()[:, None]
+    number, *counts = torch.cat([chosen.sum()[None], of_object.sum(0)]).tolist()  # how many of what, in one transfer
+    drawn = chosen.nonzero_static(size=number)[:, 0]
     boxes, labels, objects = boxes[drawn], labels[drawn], objects[drawn]
-    found, of = boxes[labels > 0], objects[labels > 0]
-    shapes = boxes.new_zeros(len(found), MASK_SIDE, MASK_SIDE)
-    for n in of.unique():  # one at a time: the masks of a crowded image in float32 are half a gigabyte
-        mask = target["masks"][n][None, None].to(boxes)
-        shapes[of == n] = roi_align(mask, [found[of == n]], MASK_SIDE, sampling_ratio=0, aligned=True)[:, 0]
-    return boxes, labels, true[objects] if len(true) else boxes, shapes >= 0.5, drawn < given
+    found = labels.nonzero_static(size=sum(counts))[:, 0]
+    shapes = _shapes(target["masks"], boxes[found], objects[found], counts)
+    return boxes, labels, true[objects] if len(true) else boxes, shapes, drawn < given
 
 
-def _nonempty(boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """The boxes (R, 4) that are not empty; if there are none, the whole image, so that the heads always get a box."""
-    boxes = boxes[remove_small_boxes(boxes, min_size=1e-2)]
+def _shapes(masks: Tensor, boxes: Tensor, objects: Tensor, counts: list[int]) -> Tensor:
+    """The masks (M, H, W) of the ``objects`` (P,) relative to their ``boxes`` (P, 4): bool (P, 28, 28).
+
+    Args:
+        counts: How many of the P boxes each of the M objects has.
+    """
+    present = [n for n, count in enumerate(counts) if count]
+    order = objects.argsort(stable=True)
+    theirs = boxes[order].split([counts[n] for n in present]) if present else []
+    parts = []
+    for start in range(0, len(present), MASKS):  # all masks of a crowded image in float32 are half a gigabyte
+        some = slice(start, start + MASKS)
+        few = torch.stack([masks[n] for n in present[some]])[:, None].to(boxes)
+        parts.append(roi_align(few, list(theirs[some]), MASK_SIDE, sampling_ratio=0, aligned=True)[:, 0] >= 0.5)
+    shapes = torch.zeros(len(boxes), MASK_SIDE, MASK_SIDE, dtype=torch.bool, device=boxes.device)
+    if parts:
+        shapes[order] = torch.cat(parts)
+    return shapes
+
+
+def _nonempty(boxes: Tensor, size: tuple[int, int], wanted: Tensor | None = None) -> Tensor:
+    """The boxes (R, 4) that are not empty; if there are none, the whole image, so that the heads always get a box.
+
+    Args:
+        wanted: Which boxes (R,) may remain; default: all.
+    """
+    large = (boxes[:, 2:] - boxes[:, :2] >= 1e-2).all(dim=1)
+    boxes = boxes[(large if wanted is None else large & wanted).nonzero()[:, 0]]
     return boxes if len(boxes) else boxes.new_tensor([[0, 0, size[1], size[0]]])
+
+
+def giou_loss(boxes: Tensor, truth: Tensor) -> Tensor:
+    """The sum of 1 - GIoU over pairs of boxes, (P, 4) each, as :func:`torchvision.ops.generalized_box_iou_loss`.
+
+    Torchvision's picks the pairs that overlap, and a device has to be asked how many these are.
+    """
+    (x1, y1, x2, y2), (u1, v1, u2, v2) = boxes.unbind(dim=-1), truth.unbind(dim=-1)
+    left, top, right, bottom = torch.max(x1, u1), torch.max(y1, v1), torch.min(x2, u2), torch.min(y2, v2)
+    overlap = (right - left) * (bottom - top)
+    overlap = torch.where((bottom > top) & (right > left), overlap, 0)
+    union = (x2 - x1) * (y2 - y1) + (u2 - u1) * (v2 - v1) - overlap
+    hull = (torch.max(x2, u2) - torch.min(x1, u1)) * (torch.max(y2, v2) - torch.min(y1, v1))
+    return (1 - (overlap / (union + 1e-7) - (hull - union) / (hull + 1e-7))).sum()
 
 
 def _select(boxes: Tensor, scores: Tensor, most: int) -> dict[str, Tensor]:

@@ -5,8 +5,10 @@ from collections import OrderedDict
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torchvision.models.detection._utils import BoxCoder, encode_boxes
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, FeaturePyramidNetwork
 
 from ..errors import InputError
@@ -50,6 +52,51 @@ class Anchors(AnchorGenerator):
         return [torch.cat(anchors)] * len(images.image_sizes)  # (A, 4) per image
 
 
+class Transform(GeneralizedRCNNTransform):
+    """Torchvision's, whose constants are not copied to the device one by one: every such copy waits for it."""
+
+    def normalize(self, image: Tensor) -> Tensor:
+        mean, std = (per_channel(image, values) for values in (self.image_mean, self.image_std))
+        return (image - mean) / std
+
+    def resize(self, image: Tensor, target: dict | None = None) -> tuple[Tensor, dict | None]:
+        if target is None:
+            return super().resize(image, target)
+        resized, others = super().resize(image, {**target, "boxes": torch.empty(0, 4)})
+        return resized, {**others, "boxes": resize_boxes(target["boxes"], image.shape[-2:], resized.shape[-2:])}
+
+    def postprocess(
+        self, result: list[dict], image_shapes: list[tuple[int, int]], original_image_sizes: list[tuple[int, int]]
+    ) -> list[dict]:
+        for found, before, after in zip(result, image_shapes, original_image_sizes, strict=False):  # none in train mode
+            found["boxes"] = resize_boxes(found["boxes"], before, after)
+        return result
+
+
+def resize_boxes(boxes: Tensor, before: tuple[int, int], after: tuple[int, int]) -> Tensor:
+    """Boxes (N, 4) of an image of one height and width in an image of another; as torchvision's of that name."""
+    sides = zip(before, after, strict=True)
+    down, across = (torch.tensor(b, dtype=torch.float32) / torch.tensor(a, dtype=torch.float32) for a, b in sides)
+    x1, y1, x2, y2 = boxes.unbind(1)
+    return torch.stack((x1 * across, y1 * down, x2 * across, y2 * down), dim=1)
+
+
+class Coder(BoxCoder):
+    """Torchvision's, with numbers in the place of its constant tensors, which are copied to the device at every use."""
+
+    def encode_single(self, reference_boxes: Tensor, proposals: Tensor) -> Tensor:
+        return encode_boxes(reference_boxes, proposals, self.weights)
+
+    def decode_single(self, rel_codes: Tensor, boxes: Tensor) -> Tensor:
+        x1, y1, x2, y2 = boxes.to(rel_codes.dtype)[:, :, None].unbind(1)  # (N, 1) each
+        width, height = x2 - x1, y2 - y1
+        dx, dy, dw, dh = (rel_codes[:, i::4] / weight for i, weight in enumerate(self.weights))
+        x, y = dx * width + (x1 + 0.5 * width), dy * height + (y1 + 0.5 * height)
+        dw, dh = (torch.clamp(d, max=self.bbox_xform_clip) for d in (dw, dh))  # no overflow in exp
+        half_w, half_h = 0.5 * (torch.exp(dw) * width), 0.5 * (torch.exp(dh) * height)
+        return torch.stack((x - half_w, y - half_h, x + half_w, y + half_h), dim=2).flatten(1)
+
+
 def init_narrow(*convolutions: nn.Conv2d) -> None:
     """Initialise convolutions of a head if they are narrower than in the paper's setting.
 
@@ -59,6 +106,11 @@ def init_narrow(*convolutions: nn.Conv2d) -> None:
     for convolution in convolutions:
         if convolution.out_channels < PAPER_CHANNELS:
             nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
+
+
+def per_channel(image: Tensor, values: tuple[float, ...]) -> Tensor:
+    """One value for each of an image's channels, (C, 1, 1), made on its device."""
+    return torch.cat([image.new_full((1, 1, 1), value) for value in values])
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -72,7 +124,10 @@ def mean_count(count: Tensor | int, device: torch.device) -> Tensor:
     If each process divides its loss by this number, the mean over the processes, as gradients are averaged, is the sum
     over all images divided by the count over all images: the same as one process with the whole batch computes.
     """
-    total = torch.as_tensor(count, dtype=torch.float32, device=device).clone()
+    if isinstance(count, Tensor):
+        total = count.to(torch.float32, copy=True)
+    else:
+        total = torch.full((), count, dtype=torch.float32, device=device)  # a kernel's argument, and no copy
     if dist.is_initialized():
         dist.all_reduce(total)
     return total.clamp(min=1) / (dist.get_world_size() if dist.is_initialized() else 1)

@@ -10,7 +10,7 @@ from torchvision.models.detection._utils import Matcher
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 
-from .detection import Anchors, at_least_float32, init_narrow, mean_count
+from .detection import Anchors, Coder, at_least_float32, init_narrow, mean_count
 
 
 class ProposalNetwork(RegionProposalNetwork):
@@ -37,6 +37,7 @@ class ProposalNetwork(RegionProposalNetwork):
             post_nms_top_n=most,
             nms_thresh=0.7,
         )
+        self.box_coder = Coder(self.box_coder.weights)
         self.proposal_matcher = _Matcher(0.7, 0.3, allow_low_quality_matches=True)
 
     def forward(
@@ -53,6 +54,8 @@ class ProposalNetwork(RegionProposalNetwork):
         positive, negative = (torch.cat(chosen).bool() for chosen in self.fg_bg_sampler(labels))
         sampled = positive | negative
         count = mean_count(sampled.sum(), sampled.device)
+        numbers = torch.stack([sampled.sum(), positive.sum()]).tolist()  # in one transfer
+        sampled, positive = (x.nonzero_static(size=n)[:, 0] for x, n in zip((sampled, positive), numbers, strict=True))
         wanted, offsets = torch.cat(labels), torch.cat(regression_targets)
         object_loss = F.binary_cross_entropy_with_logits(
             objectness[sampled, 0], wanted[sampled].to(objectness.dtype), reduction="sum"
@@ -82,5 +85,6 @@ class _Matcher(Matcher):
     """
 
     def set_low_quality_matches_(self, matches: Tensor, all_matches: Tensor, match_quality_matrix: Tensor) -> None:
-        good = match_quality_matrix.max(dim=1).values >= self.low_threshold
-        super().set_low_quality_matches_(matches, all_matches, match_quality_matrix[good])
+        best = match_quality_matrix.max(dim=1, keepdim=True).values
+        kept = ((match_quality_matrix == best) & (best >= self.low_threshold)).any(dim=0)
+        matches.copy_(torch.where(kept, all_matches, matches))

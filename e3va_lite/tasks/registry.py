@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import unknown
+from ..transfer import send
 
 NAMES = ("voc", "coco", "coco-boxes", "ade20k")
 
@@ -53,5 +54,5 @@ def predict_image(model: nn.Module, image: Tensor, device: torch.device, precisi
     batch to the largest one, and so what it finds in one would depend on the others.
     """
     with torch.autocast(device.type, getattr(torch, precision), enabled=precision != "float32"):
-        prediction = model([image.to(device)])[0]
+        prediction = model([send(image, device)])[0]
     return {key: value.cpu() if isinstance(value, Tensor) else value for key, value in prediction.items()}

@@ -19,7 +19,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from ..errors import InputError
 from . import detection
-from .detection import Anchors, Pyramid, at_least_float32, check_arguments, init_narrow, mean_count
+from .detection import Anchors, Coder, Pyramid, Transform, at_least_float32, check_arguments, init_narrow, mean_count
 
 
 def build_retinanet(
@@ -74,18 +74,19 @@ def build_retinanet(
     extra = LastLevelP6P7(backbone.out_channels[-1], fpn_channels)
     # P6 is made from the backbone's last map, even if that is as wide as the pyramid.
     extra.use_P5 = False
-    return _RetinaNet(
+    model = _RetinaNet(
         Pyramid(backbone, fpn_channels, extra),
         num_classes,
         min_size=min_size,
         max_size=max_size,
-        image_mean=detection.IMAGE_MEAN,
-        image_std=detection.IMAGE_STD,
-        size_divisible=detection.divisor(backbone),
         anchor_generator=anchors,
         head=head,
         detections_per_img=detections,
     )
+    mean_std = detection.IMAGE_MEAN, detection.IMAGE_STD
+    model.transform = Transform(min_size, max_size, *mean_std, size_divisible=detection.divisor(backbone))
+    model.box_coder = head.regression_head.box_coder = Coder(model.box_coder.weights)
+    return model
 
 
 class _RetinaNet(RetinaNet):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..backbones.swin import MIN_SIZE
 from ..datasets.ade20k import VOID
 from ..errors import InputError
-from .detection import IMAGE_MEAN, IMAGE_STD, at_least_float32
+from .detection import IMAGE_MEAN, IMAGE_STD, at_least_float32, per_channel
 from .mmseg_backbone import Body, mmseg
 
 
@@ -121,7 +121,7 @@ class _UPerNet(mmseg.models.segmentors.EncoderDecoder):
 
     def forward(self, images: list[Tensor], targets: list[dict] | None = None) -> dict[str, Tensor] | list[dict]:
         if not self.training:
-            return [{"mask": self._labels(image)} for image in images]
+            return [{"mask": self.logits(image).argmax(0)} for image in images]
         height, width = (max(sides) for sides in zip(*(image.shape[-2:] for image in images), strict=True))
         batch = torch.stack([_padded(_normalised(image), height, width) for image in images])
         labels = torch.stack([_padded(target["mask"], height, width, VOID) for target in targets])
@@ -138,17 +138,32 @@ class _UPerNet(mmseg.models.segmentors.EncoderDecoder):
                 norm.train()
         return {"decode": losses["decode.loss_ce"], "auxiliary": losses["aux.loss_ce"]}
 
-    def _labels(self, image: Tensor) -> Tensor:
-        """(3, H, W) -> int64 (H, W)."""
+    def logits(self, image: Tensor) -> Tensor:
+        """(3, H, W) in 0..1 -> (K, H, W)."""
         height, width = image.shape[-2:]
-        # As mmcv's rescale_size: as large as fits, sides rounded half up.
-        factor = min(max(self.scale) / max(height, width), min(self.scale) / min(height, width))
-        rows, columns = (int(side * factor + 0.5) for side in (height, width))
+        rows, columns = _fitted(height, width, self.scale)
         resized = F.interpolate(image[None], (rows, columns), mode="bilinear", align_corners=False)[0]
         # The short side of a very long image can be below Swin's minimum.
-        batch = _padded(_normalised(resized), max(rows, MIN_SIZE), max(columns, MIN_SIZE))[None]
+        batch = _padded(_normalised(resized), *(_at_least(side, MIN_SIZE) for side in (rows, columns)))[None]
         logits = self.encode_decode(batch, [{"img_shape": batch.shape[-2:]}])[..., :rows, :columns]
-        return F.interpolate(logits, (height, width), mode="bilinear", align_corners=False)[0].argmax(0)
+        return F.interpolate(logits, (height, width), mode="bilinear", align_corners=False)[0]
+
+
+def _fitted(height: int, width: int, scale: tuple[int, int]) -> tuple[int, int]:
+    """The size of an image that is resized to fit ``scale``, as mmcv's ``rescale_size``: sides rounded half up.
+
+    Where a graph for images of any size is recorded, sides are tensors.
+    """
+    if torch.jit.is_tracing():
+        sides = torch.stack([height, width]).double()
+        factor = torch.minimum(max(scale) / sides.max(), min(scale) / sides.min())
+        return tuple((sides * factor + 0.5).long().unbind())
+    factor = min(max(scale) / max(height, width), min(scale) / min(height, width))
+    return int(height * factor + 0.5), int(width * factor + 0.5)
+
+
+def _at_least(side: int | Tensor, least: int) -> int | Tensor:
+    return side.clamp(min=least) if isinstance(side, Tensor) else max(side, least)
 
 
 class _Head:
@@ -175,7 +190,7 @@ class _FCNHead(_Head, mmseg.models.decode_heads.FCNHead):
 
 
 def _normalised(image: Tensor) -> Tensor:
-    mean, std = (image.new_tensor(values)[:, None, None] for values in (IMAGE_MEAN, IMAGE_STD))
+    mean, std = (per_channel(image, values) for values in (IMAGE_MEAN, IMAGE_STD))
     return (image - mean) / std
 
 

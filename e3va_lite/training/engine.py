@@ -102,6 +102,8 @@ class Training:
         self.unit = steps_per_unit(recipe, len(dataset))
         self.total = total_steps(recipe, len(dataset))
         self.step = 0
+        self.losses: dict[str, Tensor] = {}  # of the step's batches, not read yet, ...
+        self.totals: list[Tensor] = []  # ... and their sum in each
         self.between_steps = True
         self.optimizer = build_optimizer(self.model, recipe)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]  # what the schedule multiplies
@@ -118,13 +120,14 @@ class Training:
         stream = StepSampler(len(self.dataset), recipe.batch, recipe.accumulate, recipe.seed, self.step)
         return loader(self.dataset, stream, recipe.seed, recipe.workers)
 
-    def backward(self, batches: list[Batch]) -> dict[str, float]:
-        """Accumulate the gradients of one step's batches; return the losses by name, averaged over the batches.
+    def backward(self, batches: list[Batch]) -> dict[str, Tensor]:
+        """Accumulate the gradients of one step's batches.
 
-        Raises:
-            InputError: When a loss is not finite.
+        Returns:
+            The losses by name, averaged over the batches: scalars on the device. To read one is to wait for the device;
+            :meth:`update` reads them all, and looks whether they are finite.
         """
-        sums: dict[str, float] = {}
+        self.losses, self.totals = {}, []
         self.between_steps = False
         for part, batch in enumerate(batches):
             # The random numbers of the model, like those of the data, depend on the step alone.
@@ -134,25 +137,33 @@ class Training:
                 with autocast(self.recipe, self.device):
                     losses = self.parallel(images, targets)
                 loss = sum(losses.values()) / len(batches)
-                if not torch.isfinite(loss):
-                    raise self._diverged(f"the loss is {loss.item()}", [batch])
                 self.scaler.scale(loss).backward()
+            self.totals.append(loss.detach())
             for name, value in losses.items():
-                sums[name] = sums.get(name, 0.0) + value.item() / len(batches)
-        return sums
+                self.losses[name] = self.losses.get(name, 0.0) + value.detach().double() / len(batches)
+        return self.losses
 
-    def update(self, batches: list[Batch]) -> float:
-        """Update the parameters and clear the gradients; return the norm that the gradients had.
+    def update(self, batches: list[Batch]) -> dict[str, float]:
+        """Update the parameters and clear the gradients.
+
+        Returns:
+            The losses by name, averaged over the batches, and ``gradient_norm``, the norm that the gradients had.
 
         Raises:
-            InputError: When the gradients are not finite (in float16 such an update is skipped instead).
+            InputError: When a loss is not finite, or the gradients are not (in float16 such an update is skipped
+                instead).
         """
         for group, highest in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = highest * rate(self.recipe, self.step, self.total, self.unit)
         self.scaler.unscale_(self.optimizer)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if not torch.isfinite(norm) and not self.scaler.is_enabled():
+        # The only numbers of a step that the program waits for, in one transfer.
+        numbers = torch.stack([x.double() for x in (*self.totals, *self.losses.values(), norm)]).tolist()
+        for total, batch in zip(numbers, batches, strict=False):
+            if not math.isfinite(total):
+                raise self._diverged(f"the loss is {total}", [batch])
+        if not math.isfinite(numbers[-1]) and not self.scaler.is_enabled():
             raise self._diverged("the gradient is not finite", batches)
         if self.recipe.clip is not None:
             nn.utils.clip_grads_with_norm_(parameters, self.recipe.clip, norm)
@@ -161,7 +172,7 @@ class Training:
         self.optimizer.zero_grad()
         self.step += 1
         self.between_steps = True
-        return norm.item()
+        return dict(zip([*self.losses, "gradient_norm"], numbers[len(batches) :], strict=True))
 
     def _diverged(self, what: str, batches: list[Batch]) -> InputError:
         files = ", ".join(str(target["file"]) for _, targets in batches for target in targets)
@@ -196,8 +207,9 @@ def fit(
     with progress(total=training.total, initial=training.step, desc=f"train {recipe.method}", unit="step") as bar:
         while training.step < training.total:
             step = list(islice(batches, recipe.accumulate))
-            parts = training.backward(step)
-            norm = training.update(step)
+            training.backward(step)
+            parts = training.update(step)
+            norm = parts.pop("gradient_norm")
             values = mean({"loss": sum(parts.values()), **parts})
             losses.append(values["loss"])
             bar.update()

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..errors import InputError
+from ..transfer import send
 from .distributed import rank, world
 
 Batch = tuple[list[Tensor], list[dict]]
@@ -117,5 +118,5 @@ def seeded(*key: int) -> Iterator[None]:
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """Move the tensors of images and targets to the device."""
     images, targets = batch
-    moved = [{k: v.to(device) if isinstance(v, Tensor) else v for k, v in target.items()} for target in targets]
-    return [image.to(device) for image in images], moved
+    moved = [{k: send(v, device) if isinstance(v, Tensor) else v for k, v in target.items()} for target in targets]
+    return [send(image, device) for image in images], moved

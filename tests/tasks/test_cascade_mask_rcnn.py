@@ -1,12 +1,13 @@
 """Cascade Mask R-CNN on a stand-in backbone: stages, losses, boxes and masks, and what is refused."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 from torchvision.models.detection.roi_heads import paste_masks_in_image
-from torchvision.ops import box_iou, roi_align
+from torchvision.ops import box_iou, generalized_box_iou_loss, roi_align
 
 import e3va_lite
 from e3va_lite.errors import InputError
@@ -151,6 +152,12 @@ def test_each_image_is_cut_out_of_its_own_map():
     assert pool(maps, [4, 8, 16, 32], [box, torch.cat([box, box])], 1).flatten().tolist() == [1, 2, 2]
 
 
+def test_a_box_that_is_not_a_number_is_cut_out_of_nothing():
+    maps = [torch.ones(1, 1, n, n) for n in (16, 8, 4, 2)]
+    box = torch.tensor([[8.0, 8, 40, 40]])
+    assert pool(maps, [4, 8, 16, 32], [torch.cat([box * torch.nan, box])], 1).flatten().tolist() == [0, 1]
+
+
 # The cascade ---------------------------------------------------------------------------------------------------------
 
 TRUE, GOOD, FAIR, NONE = (0.0, 0, 20, 20), (0.0, 0, 20, 16), (2.0, 2, 22, 22), (40.0, 40, 60, 60)  # IoU .8, .68, 0
@@ -270,6 +277,36 @@ def test_where_all_boxes_vanish_the_image_itself_remains():
     empty = torch.tensor([[5.0, 5, 5, 9]])
     assert cascade_mask_rcnn._nonempty(empty, (30, 40)).tolist() == [[0, 0, 40, 30]]
     assert cascade_mask_rcnn._nonempty(torch.cat([empty, torch.tensor([NONE])]), (64, 64)).tolist() == [list(NONE)]
+
+
+def test_the_box_loss_is_torchvisions_without_waiting_for_the_overlaps():
+    start = torch.rand(2, 40, 2) * 60
+    boxes, truth = torch.cat([start, start + 1 + 30 * torch.rand(2, 40, 2)], dim=2)
+    results = []
+    for loss in (cascade_mask_rcnn.giou_loss, partial(generalized_box_iou_loss, reduction="sum")):
+        x = boxes.clone().requires_grad_()
+        value = loss(x, truth)
+        value.backward()
+        results.append((value, x.grad))
+    (ours, our_grad), (theirs, their_grad) = results
+    assert torch.equal(ours, theirs) and torch.equal(our_grad, their_grad)
+
+
+def test_masks_are_cut_out_a_few_at_a_time_as_one_by_one(monkeypatch):
+    masks = torch.rand(7, 40, 50) < 0.5
+    objects = torch.tensor([5, 0, 2, 5, 0, 6, 5])
+    start = torch.rand(7, 2) * 20
+    boxes = torch.cat([start, start + 2 + 18 * torch.rand(7, 2)], dim=1)
+    counts = objects.bincount(minlength=7).tolist()
+    alone = [
+        roi_align(masks[n][None, None].float(), [box[None]], 28, sampling_ratio=0, aligned=True)[0, 0] >= 0.5
+        for n, box in zip(objects, boxes, strict=True)
+    ]
+    for at_a_time in (1, 2, 8):
+        monkeypatch.setattr(cascade_mask_rcnn, "MASKS", at_a_time)
+        assert torch.equal(cascade_mask_rcnn._shapes(masks, boxes, objects, counts), torch.stack(alone))
+    none = cascade_mask_rcnn._shapes(masks, boxes[:0], objects[:0], [0] * 7)
+    assert none.shape == (0, 28, 28) and none.dtype == torch.bool
 
 
 # Masks in images -----------------------------------------------------------------------------------------------------

@@ -205,7 +205,7 @@ def trained_by_both(root, folder):
 
     def noted(self, batches):
         losses = backward(self, batches)
-        seen.append(sum(losses.values()))
+        seen.append(sum(losses.values()).item())
         return losses
 
     Training.backward = noted
