@@ -19,10 +19,11 @@ def as_text(result: dict) -> str:
         if entry["rows"]:
             lines += ["", *_cost_lines(entry)]
     if ledger.get("compared"):
-        differ = (
-            f"at most {100 * ledger['largest_difference']:.2f} % ({ledger['where']}), {ledger['compared']} compared"
+        share, where = (
+            f"{100 * ledger['largest_difference']:.2f} %",
+            f"({ledger['where']}), {ledger['compared']} compared",
         )
-        lines += ["", f"the ledger's count and the allocator's peak differ by {differ}"]
+        lines += ["", f"the ledger's count and the allocator's peak differ by at most {share} {where}"]
     if result["fit"]:
         lines += ["", *_fit_lines(result["fit"])]
     lines += ["", *(f"not reached: {part}" for part in result["not_reached"])]
