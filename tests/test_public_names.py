@@ -69,7 +69,7 @@ COMMANDS = {
     "train ade20k": TRAIN,
     "eval": "RUN --root --split --best --weights --device --strict --json",
     "predict": "RUN IMAGES... --out --threshold --annotations --skip-bad --best --weights --device --overwrite --json",
-    "export": "RUN --out --backbone-only --best --weights",
+    "export": "RUN --format --out --backbone-only --int8 --size --best --weights --json",
     "reproduce": "--part --quick --photographs --set --data --out --jobs --costs --cache --device",
     "report": "LINES... --out --price",
     "pretrain": (

@@ -146,9 +146,10 @@ def test_all_batches_of_a_step_are_waited_for_once(root, process):
         held(lines, (1, 1))
 
 
-def test_a_step_in_float16_also_waits_for_the_scaler(root, process):
+def test_a_step_in_float16_does_not_wait_for_the_scaler(root, process):
+    """The fused AdamW skips an update by itself where a gradient is infinite."""
     for _, lines in process.submit(trained, root, "ade20k", {"precision": "float16"}).result():
-        held(lines, (2, 2))
+        held(lines, (1, 1))
 
 
 def test_rotary_positions_are_not_copied_for_every_block(root, process):
