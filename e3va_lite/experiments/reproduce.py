@@ -100,14 +100,14 @@ def next_runs(pairs: list[Pair], lines: list[dict]) -> Iterator[Run]:
     for name, pair in frozen.items():
         if pair not in pairs:
             yield from _choosing(pair, None, lines)
-        heads[name] = _settled(pair, None, lines)
+        heads[name] = _chosen(pair, None, lines)
     ready = []
     for study, arm in pairs:
         head_lr = None if arm == "fixed" else heads.get(study.name)
         if head_lr is None and study.heads_follow and arm != "fixed":
             continue
         yield from _choosing((study, arm), head_lr, lines)
-        if (lr := _settled((study, arm), head_lr, lines)) is not None:
+        if (lr := _chosen((study, arm), head_lr, lines)) is not None:
             ready.append((study, arm, lr, head_lr))
     for seed in range(max((study.seeds(arm) for study, arm in pairs), default=0)):
         for study, arm, lr, head_lr in ready:
@@ -129,7 +129,7 @@ def _choosing(pair: Pair, head_lr: float | None, lines: list[dict]) -> Iterator[
         yield Run(*pair, "choose", lr, CHOOSE_SEED, head_lr)
 
 
-def _settled(pair: Pair, head_lr: float | None, lines: list[dict]) -> float | None:
+def _chosen(pair: Pair, head_lr: float | None, lines: list[dict]) -> float | None:
     """The learning rate that an arm has chosen, or None as long as there is something to try."""
     tried = _tried(pair, head_lr, lines)
     if None in tried.values() or rates_to_try(tried, _first_rates(pair)):

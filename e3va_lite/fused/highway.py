@@ -232,8 +232,8 @@ def _layout(adapters: list[nn.Module], tokens: Tensor) -> list[tuple[slice, slic
     there the adapters of as many blocks share a batched product as give it the size of a slice of a large map.
     """
     rows, count = frozen_stream.slices(tokens), len(adapters)
-    alike = len({(type(adapter), *(p.shape for p in adapter.inner)) for adapter in adapters}) == 1
-    if len(rows) == 1 and alike and 4 * len(tokens) <= (most := frozen_stream.rows_per_slice(tokens.device)):
+    small = len(rows) == 1 and 4 * len(tokens) <= (most := frozen_stream.rows_per_slice(tokens.device))
+    if small and len({(type(adapter), *(p.shape for p in adapter.inner)) for adapter in adapters}) == 1:
         size = most // len(tokens) // 2 * 2  # adapters; both of a block
         return [(slice(i, min(i + size, count)), rows[0]) for i in range(0, count, size)]
     return [(slice(i, i + 1), some) for block in range(0, count, 2) for some in rows for i in (block, block + 1)]
