@@ -5,10 +5,13 @@ beside it. Where an image can only look in two ways, as it is and mirrored, and 
 batch, both are computed before the training begins. Then a training step reads maps where it would read and resize
 images and run the backbone. Evaluation is not changed.
 
-    DIR/KEY/cache.json                  what KEY stands for: weights, images, sizes
+    DIR/KEY/cache.json                  what KEY stands for: weights, images, sizes, precision
     DIR/KEY/stage2-out.npy              (2 N, H, W, C): image i as it is at 2 i, mirrored at 2 i + 1
     DIR/KEY/stage2-in.npy               the map after the reduction, and
     DIR/KEY/stage2-block1-tap1.npy      the taps, for E3VA only
+
+Each map has the type that the backbone gives it in the recipe's precision. NumPy has no bfloat16; its bits lie there as
+int16.
 """
 
 import hashlib
@@ -33,6 +36,7 @@ from ..fused import frozen_stream
 from ..highway import E3VA
 from ..recipes.schema import Recipe, VOCRecipe
 from .distributed import progress, say
+from .engine import autocast
 
 TOGETHER = 8  # images that are computed at a time
 
@@ -69,7 +73,8 @@ class FeatureCache:
         self.arrays, self.device, self.entries = arrays, device, []
 
     def _read(self, name: str) -> Tensor:
-        return torch.from_numpy(self.arrays[name][self.entries]).to(self.device)  # (B, H, W, C)
+        x = torch.from_numpy(self.arrays[name][self.entries]).to(self.device)  # (B, H, W, C)
+        return x.view(torch.bfloat16) if x.dtype == torch.int16 else x
 
     def output(self, index: int) -> Tensor:
         """The map of a stage (from 0), (B, H, W, C)."""
@@ -77,7 +82,7 @@ class FeatureCache:
 
     def start(self, images: Tensor) -> Tensor:
         """In the place of the patches, from which a highway takes a difference of zero to itself."""
-        return torch.zeros(len(images), *self.arrays[_output(0)].shape[1:], device=self.device)
+        return torch.zeros_like(self.output(0))
 
     def reduce(self, index: int, x: Tensor) -> Tensor:
         return self._read(_input(index)) if index else x
@@ -145,8 +150,6 @@ def cached(
             f"--cache is for fixed and for parallel E3VA with memory=store or memory=compress, not for {recipe.method} "
             "as it is set here, which needs the backbone at every step: leave out --cache."
         )
-    if recipe.precision != "float32":
-        raise InputError(f"--cache keeps float32, not precision={recipe.precision}: set precision=float32.")
     body.cache = FeatureCache(_arrays(model.to(device), dataset, recipe, folder, device), device)
 
     def choose_entries(_: nn.Module, inputs: tuple) -> None:
@@ -169,24 +172,30 @@ def _arrays(
         "weights": fingerprint(model.backbone.body.backbone),
         "backbone": recipe.backbone,
         "sizes": [recipe.min_size, recipe.max_size, recipe.canvas],
+        "precision": recipe.precision,
         "images": len(dataset),
         "files": hashlib.sha256("\n".join(f"{p.name} {p.stat().st_size}" for p in dataset.paths).encode()).hexdigest(),
     }
     place = folder / hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
     place.mkdir(parents=True, exist_ok=True)
     with FileLock(place / ".lock"):  # another process may be writing the same
-        sample = _maps(model, [_both(dataset, 0)[0]], device)
+        sample = _maps(model, [_both(dataset, 0)[0]], recipe, device)
         missing = {name: x for name, x in sample.items() if not (place / f"{name}.npy").is_file()}
         if missing:
-            _write(model, dataset, place, missing, device)
+            _write(model, dataset, place, missing, recipe, device)
             (place / "cache.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     return {name: np.load(place / f"{name}.npy", mmap_mode="r") for name in sample}
 
 
 def _write(
-    model: nn.Module, dataset: ObjectDataset, place: Path, missing: dict[str, Tensor], device: torch.device
+    model: nn.Module,
+    dataset: ObjectDataset,
+    place: Path,
+    missing: dict[str, np.ndarray],
+    recipe: VOCRecipe,
+    device: torch.device,
 ) -> None:
-    size = 2 * len(dataset) * sum(x[0].numel() * x.element_size() for x in missing.values())
+    size = 2 * len(dataset) * sum(x[0].nbytes for x in missing.values())
     free = shutil.disk_usage(place).free
     say(f"cache: {size / 1e9:.1f} GB for {len(dataset)} images in '{place}'")
     if size > 0.95 * free:
@@ -194,14 +203,14 @@ def _write(
             f"the cache needs {size / 1e9:.1f} GB and '{place}' has {free / 1e9:.1f}: choose another disk."
         )
     arrays = {
-        name: np.lib.format.open_memmap(place / f"{name}.partial", "w+", np.float32, (2 * len(dataset), *x.shape[1:]))
+        name: np.lib.format.open_memmap(place / f"{name}.partial", "w+", x.dtype, (2 * len(dataset), *x.shape[1:]))
         for name, x in missing.items()
     }
     for start in progress(range(0, len(dataset), TOGETHER // 2), "cache", unit="batch"):
         indices = range(start, min(start + TOGETHER // 2, len(dataset)))
-        maps = _maps(model, [image for i in indices for image in _both(dataset, i)], device)
+        maps = _maps(model, [image for i in indices for image in _both(dataset, i)], recipe, device)
         for name, array in arrays.items():
-            array[2 * start : 2 * indices.stop] = maps[name].cpu().numpy()
+            array[2 * start : 2 * indices.stop] = maps[name]
     for name, array in arrays.items():
         array.flush()
         (place / f"{name}.partial").rename(place / f"{name}.npy")
@@ -214,20 +223,22 @@ def _both(dataset: ObjectDataset, index: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def _maps(model: nn.Module, images: list[Tensor], device: torch.device) -> dict[str, Tensor]:
+def _maps(model: nn.Module, images: list[Tensor], recipe: VOCRecipe, device: torch.device) -> dict[str, np.ndarray]:
     """What a method needs of a few images by name, (B, H, W, C) each."""
     body, was_training = model.backbone.body, model.training
     batch = model.train().transform([image.to(device) for image in images])[0].tensors  # (B, 3, H, W) on the canvas
     model.train(was_training)
-    maps, x = {}, embed(body.backbone, batch)
-    for index, stage in enumerate(body.backbone.layers[: body.last_stage]):
-        x = stage.downsample(x).clone()
-        if isinstance(body, E3VA) and index:
-            maps[_input(index)] = x.clone()
-        for block, rows, taps in frozen_stream.run(stage, x):
-            for number, tap in enumerate(taps if isinstance(body, E3VA) else ()):
-                whole = maps.setdefault(_tap(index, block, number), torch.empty_like(x))
-                whole.view(-1, x.shape[-1])[rows] = tap
-        if isinstance(body, E3VA) or index + 1 in body.norms.stages:
-            maps[_output(index)] = x.clone()
-    return maps
+    maps: dict[str, Tensor] = {}
+    with autocast(recipe, device):
+        x = embed(body.backbone, batch)
+        for index, stage in enumerate(body.backbone.layers[: body.last_stage]):
+            x = stage.downsample(x).clone()
+            if isinstance(body, E3VA) and index:
+                maps[_input(index)] = x.clone()
+            for block, rows, taps in frozen_stream.run(stage, x):
+                for number, tap in enumerate(taps if isinstance(body, E3VA) else ()):
+                    whole = maps.setdefault(_tap(index, block, number), torch.empty_like(x, dtype=tap.dtype))
+                    whole.view(-1, x.shape[-1])[rows] = tap
+            if isinstance(body, E3VA) or index + 1 in body.norms.stages:
+                maps[_output(index)] = x.clone()
+    return {name: (x.view(torch.int16) if x.dtype == torch.bfloat16 else x).cpu().numpy() for name, x in maps.items()}

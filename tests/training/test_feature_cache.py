@@ -49,8 +49,11 @@ def trained(recipe, root, folder=None):
         ("e3va", {"rank": 2}, {}),
         ("e3va", {"rank": 2, "memory": "store", "reduction": "trainable", "fpn_input": "e+l"}, {"stages": [1, 3]}),
         ("e3va", {"rank": 2}, {"backbone": "vit_small_patch14_dinov2", "pretrained": False, "canvas": 84}),
+        ("fixed", {}, {"precision": "bfloat16"}),
+        ("e3va", {"rank": 2}, {"precision": "bfloat16"}),
+        ("e3va", {"rank": 2}, {"precision": "float16"}),
     ],
-    ids=["fixed", "norms", "e3va", "e3va-options", "vit"],
+    ids=["fixed", "norms", "e3va", "e3va-options", "vit", "fixed-bfloat16", "e3va-bfloat16", "e3va-float16"],
 )
 def test_a_cached_run_equals_an_uncached_one(method, options, fields, root, tmp_path):
     recipe = recipe_for(method, options, **fields)
@@ -73,14 +76,14 @@ def test_an_evaluation_does_not_read_the_cache(root, tmp_path):
 
 
 def test_other_settings_have_other_maps(root, tmp_path, capsys):
-    for fields in ({}, {"canvas": 128}, {"pretrained": False}, {"method": "e3va"}, {}):
+    for fields in ({}, {"canvas": 128}, {"precision": "bfloat16"}, {"pretrained": False}, {"method": "e3va"}, {}):
         recipe = recipe_for(**{"method": "fixed", **fields})
         dataset = task_module("voc").dataset(recipe, root, "train", train=True)
         with cached(build_model(recipe, len(dataset.classes)), dataset, recipe, tmp_path, CPU) as stored:
             assert len(stored) == 6
-    assert len(list(tmp_path.iterdir())) == 3  # the method is no other setting: E3VA's taps lie beside the maps
+    assert len(list(tmp_path.iterdir())) == 4  # the method is no other setting: E3VA's taps lie beside the maps
     said = capsys.readouterr()
-    assert (said.out + said.err).count("GB for 6 images") == 4
+    assert (said.out + said.err).count("GB for 6 images") == 5
 
 
 def test_a_part_of_the_images_reads_the_maps_of_all(root, tmp_path):
@@ -100,7 +103,6 @@ def test_a_part_of_the_images_reads_the_maps_of_all(root, tmp_path):
         ({"method": "e3va", "options": {"structure": "chained"}}, "parallel E3VA"),
         ({"method": "fixed", "canvas": None}, "set canvas=72"),
         ({"method": "fixed", "zoom": True}, "set zoom=false"),
-        ({"method": "fixed", "precision": "bfloat16"}, "precision=float32"),
     ],
 )
 def test_where_maps_change_no_cache(fields, message, root, tmp_path):
