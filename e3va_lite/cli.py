@@ -463,6 +463,10 @@ def bench(out, minutes, quick, device, overwrite, as_json) -> None:
 
 @cli.command()
 @option("--part", "parts", multiple=True, help="May be repeated.  [default: all, the most urgent first]")
+@option(
+    "--arm", "arms", multiple=True, help="Only these methods or variants, as the report names them; may be repeated."
+)
+@option("--seeds", type=POSITIVE, help="Judged runs per method.  [default: 2 to 8, by study]")
 @option("--quick", is_flag=True, help="Four methods, one task, shorter: minutes. Shows how it works, proves nothing.")
 @option(
     "--photographs",
@@ -480,12 +484,12 @@ def bench(out, minutes, quick, device, overwrite, as_json) -> None:
 @option("--jobs", type=POSITIVE, help="Runs at a time.  [default: one per CPU core; with CUDA, 4]")
 @option("--costs", is_flag=True, help="Measure memory and time instead; for a machine that does nothing else.")
 @options(MAPS, DEVICE)
-def reproduce(parts, quick, photographs, settings, data, out, jobs, costs, cache, device) -> None:
+def reproduce(parts, arms, seeds, quick, photographs, settings, data, out, jobs, costs, cache, device) -> None:
     """The paper in miniature: all fine-tuning methods, three tasks, ablations, over several seeds.
 
     Parts: core, few, instances, methods, few-methods, larger, widths, neighbours, ablations. Some hours on two
     cores. Stop it whenever you want: the same command goes on with the runs that are missing. `e3va report` says what
-    came out.
+    came out, and how many --seeds would decide a claim that is undecided.
 
     With --photographs the parts are detection, segmentation, instances, few, design, methods, vit. ROOT is a folder in
     the layout of Pascal VOC 2007, ADE20K or COCO 2017; --set says how yours differs, and where the weights of
@@ -493,9 +497,12 @@ def reproduce(parts, quick, photographs, settings, data, out, jobs, costs, cache
     """
     from .experiments.jsonl import append_line, read_lines
     from .experiments.reproduce import measure_costs, run_experiment
-    from .experiments.studies import PARTS, PHOTOGRAPH_PARTS, QUICK, STUDIES, photograph_studies, write_lists
+    from .experiments.studies import ARMS, PARTS, PHOTOGRAPH_PARTS, QUICK, STUDIES, photograph_studies, write_lists
 
     check_place(out, overwrite=True)
+    for arm in arms:
+        if arm not in ARMS:
+            raise unknown("method or variant", arm, ARMS)
     if photographs:
         if quick:
             raise InputError("--quick is for generated scenes: leave out --photographs, or choose a part with --part.")
@@ -510,14 +517,19 @@ def reproduce(parts, quick, photographs, settings, data, out, jobs, costs, cache
     for part in parts:
         if part not in known:
             raise unknown("part", part, known)
-    chosen = [[(studies[kind], arm) for kind, arm in known[part] if kind in studies] for part in parts or known]
+    chosen = [
+        [(studies[kind], arm) for kind, arm in known[part] if kind in studies and (not arms or arm in arms)]
+        for part in parts or known
+    ]
+    if not any(chosen):
+        raise InputError("nothing to run: no chosen part has such a method on these images; leave out --arm or --part.")
     where = _device(device)
     if costs:
         for line in measure_costs([pair for part in chosen for pair in part], where):
             append_line(out, line)
         return
     jobs = jobs or (4 if where.type == "cuda" else os.cpu_count() or 1)
-    run_experiment(chosen, read_lines(out), out, data, where, jobs, cache)
+    run_experiment(chosen, read_lines(out), out, data, where, jobs, cache, seeds)
     click.echo(f"saved: {out}; 'e3va report {out}' says what came out.")
 
 

@@ -70,7 +70,7 @@ COMMANDS = {
     "eval": "RUN --root --split --best --weights --device --strict --json",
     "predict": "RUN IMAGES... --out --threshold --annotations --skip-bad --best --weights --device --overwrite --json",
     "export": "RUN --format --out --backbone-only --int8 --size --best --weights --json",
-    "reproduce": "--part --quick --photographs --set --data --out --jobs --costs --cache --device",
+    "reproduce": "--part --arm --seeds --quick --photographs --set --data --out --jobs --costs --cache --device",
     "report": "LINES... --out --price",
     "pretrain": (
         "BACKBONE --images --generated --teacher --teacher-weights --out --steps --batch --lr --size --ema --no-ema "

@@ -85,7 +85,7 @@ class Run:
         return key if self.head_lr is None else {**key, "head_lr": self.head_lr}
 
 
-def next_runs(pairs: list[Pair], lines: list[dict]) -> Iterator[Run]:
+def next_runs(pairs: list[Pair], lines: list[dict], seeds: int | None = None) -> Iterator[Run]:
     """What can be run now, in order: runs whose learning rate is known, and that have no line yet.
 
     First come those that choose, then those that are judged, seed by seed: whenever an experiment is stopped, arms have
@@ -94,6 +94,7 @@ def next_runs(pairs: list[Pair], lines: list[dict]) -> Iterator[Run]:
     Args:
         pairs: Of one part.
         lines: Of this experiment, runs under way among them; those have no ``score``.
+        seeds: Judged runs per arm, instead of as many as the study has.
     """
     frozen = {study.name: (study, "fixed") for study, _ in pairs if study.heads_follow}
     heads: dict[str, float | None] = {}
@@ -109,10 +110,10 @@ def next_runs(pairs: list[Pair], lines: list[dict]) -> Iterator[Run]:
         yield from _choosing((study, arm), head_lr, lines)
         if (lr := _chosen((study, arm), head_lr, lines)) is not None:
             ready.append((study, arm, lr, head_lr))
-    for seed in range(max((study.seeds(arm) for study, arm in pairs), default=0)):
+    for seed in range(max((seeds or study.seeds(arm) for study, arm in pairs), default=0)):
         for study, arm, lr, head_lr in ready:
             run = Run(study, arm, "test", lr, seed, head_lr)
-            if seed < study.seeds(arm) and not any(run.key().items() <= line.items() for line in lines):
+            if seed < (seeds or study.seeds(arm)) and not any(run.key().items() <= line.items() for line in lines):
                 yield run
 
 
@@ -231,6 +232,7 @@ def run_experiment(
     device: torch.device,
     jobs: int,
     cache: Path | None = None,
+    seeds: int | None = None,
 ) -> None:
     """Run what is missing, ``jobs`` at a time, each in a process of its own with one thread.
 
@@ -242,6 +244,7 @@ def run_experiment(
         file: To which finished runs are added.
         data: Folder of the generated scenes, which are made where they are missing.
         cache: See :func:`perform`.
+        seeds: See :func:`next_runs`.
     """
     pairs = [pair for part in parts for pair in part]
     studies = {study.name: study for study, _ in pairs}
@@ -249,7 +252,7 @@ def run_experiment(
         study.prepare(data)
     known = [line for line in lines if _is_ours(line, studies)]
     under_way: dict[Future, Run] = {}
-    total = sum(study.seeds(arm) + 4 for study, arm in pairs)  # about: some try more learning rates
+    total = sum((seeds or study.seeds(arm)) + 4 for study, arm in pairs)  # about: some try more learning rates
     counted = {(study.name, arm) for study, arm in pairs}
     with (
         ProcessPoolExecutor(jobs, get_context("spawn"), _init_worker) as pool,
@@ -258,7 +261,7 @@ def run_experiment(
         try:
             while True:
                 started = known + [run.key() for run in under_way.values()]
-                wanted = chain.from_iterable(next_runs(part, started) for part in parts)
+                wanted = chain.from_iterable(next_runs(part, started, seeds) for part in parts)
                 for run in islice(_unique(wanted), jobs - len(under_way)):
                     future = pool.submit(perform, run.study, run.recipe(), run.purpose, data, str(device), cache)
                     under_way[future] = run

@@ -391,6 +391,8 @@ def test_the_papers_numbers_beside_the_claims():
     [
         (["reproduce", "--part", "cor"], "did you mean core"),
         (["report", "nothing.jsonl"], "holds no finished runs"),
+        (["reproduce", "--arm", "loraa"], "did you mean lora"),
+        (["reproduce", "--part", "core", "--arm", "lora"], "nothing to run"),
         (["reproduce", "--set", "detection.steps=3"], "--set is for studies on photographs"),
         (["reproduce", "--photographs", "detecton=."], "did you mean detection"),
         (["reproduce", "--photographs", "detection"], "write --photographs STUDY=ROOT"),
@@ -404,6 +406,19 @@ def test_bad_input(words, message, tmp_path, monkeypatch):
     result = CliRunner().invoke(cli, words)
     assert isinstance(result.exception, InputError) and message in str(result.exception)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_few_arms_with_more_seeds(tmp_path, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(reproduce, "run_experiment", lambda parts, *rest: asked.update(parts=parts, seeds=rest[-1]))
+    words = ["--part", "core", "--part", "instances", "--arm", "e3va", "--arm", "from scratch", "--seeds", "13"]
+    words += ["--out", str(tmp_path / "runs.jsonl"), "--data", str(tmp_path / "data")]
+    assert CliRunner().invoke(cli, ["reproduce", *words], catch_exceptions=False).exit_code == 0
+    assert asked["seeds"] == 13
+    assert [[(study.name, arm) for study, arm in part] for part in asked["parts"]] == [
+        [("detection", "e3va"), ("segmentation", "e3va")],
+        [("instances", "e3va"), ("instances", "from scratch")],
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -457,6 +472,8 @@ def test_neck_and_heads_get_the_rate_that_a_frozen_backbone_chooses(on_photograp
     assert [(run.arm, run.seed) for run in next_runs(pairs, lines)] == [
         (arm, seed) for seed in range(2) for arm in ("fixed", "e3va", "full")
     ]
+    more = [(run.arm, run.seed) for run in next_runs(pairs, lines, seeds=3)]
+    assert more == [(arm, seed) for seed in range(3) for arm in ("fixed", "e3va", "full")]
     elsewhere = [{**line, "head_lr": 3e-3} for line in lines if "head_lr" in line]
     assert {run.arm for run in next_runs(pairs, [*lines[:3], *elsewhere]) if run.purpose == "choose"} == {
         "e3va",
