@@ -149,17 +149,18 @@ def _titled(sections: dict[str, str], before: str = "") -> list[str]:
 def _on_photographs(found: dict, studies: dict) -> list[str]:
     """What the runs on photographs say."""
     names, near = found["names"], NEAR_ON_PHOTOGRAPHS
+    called = {kind: name for kind, (_, name, _) in ON_PHOTOGRAPHS.items()} | {FEW_KIND: "few images"} | names
     detection, vit = studies[DETECTION], studies[VIT_KIND]
     variants = ("full", "fixed", "fixed, norms trained", "e3va", "e3va+", "e3va++", *ABLATIONS)
-    neighbours = ("full", "fixed", "e3va", *NEIGHBOURS, "lora")
+    neighbours = ("full", "fixed", "e3va", *NEIGHBOURS, "lora") if detection.keys() & NEIGHBOURS.keys() else ()
     sections = {
-        "premises": claim_table(found["premises"], names, PHOTOGRAPH_PREMISES, near),
+        "premises": claim_table(found["premises"], called, PHOTOGRAPH_PREMISES, near),
         "which images": _images(found, studies),
         "methods": _methods(studies, *PHOTOGRAPH_PLACES, names=names),
         "variants of E3VA": _variants(detection, variants),
         "neighbours that cut the backward pass, too": _variants(detection, neighbours),
-        names.get(VIT_KIND, "a ViT"): _variants(vit, ("full", "fixed", "e3va", "lora")),
-        "claims": claim_table(found["claims"], names, PHOTOGRAPH_CLAIMS, near),
+        called[VIT_KIND]: _variants(vit, ("full", "fixed", "e3va", "lora")),
+        "claims": claim_table(found["claims"], called, PHOTOGRAPH_CLAIMS, near),
     }
     return _titled(sections, "On photographs: ")
 
