@@ -149,7 +149,7 @@ def _titled(sections: dict[str, str], before: str = "") -> list[str]:
 def _on_photographs(found: dict, studies: dict) -> list[str]:
     """What the runs on photographs say."""
     names, near = found["names"], NEAR_ON_PHOTOGRAPHS
-    called = {kind: name for kind, (_, name, _) in ON_PHOTOGRAPHS.items()} | {FEW_KIND: "few images"} | names
+    called = {kind: name for kind, (_, name, _) in ON_PHOTOGRAPHS.items()} | {FEW_KIND: "a tenth of the images"} | names
     detection, vit = studies[DETECTION], studies[VIT_KIND]
     variants = ("full", "fixed", "fixed, norms trained", "e3va", "e3va+", "e3va++", *ABLATIONS)
     neighbours = ("full", "fixed", "e3va", *NEIGHBOURS, "lora") if detection.keys() & NEIGHBOURS.keys() else ()

@@ -19,14 +19,17 @@ def result(name):
     return json.loads((RESULTS / name).read_text(encoding="utf-8"))
 
 
+def reported(study):
+    return result("reproduce/report.json")["studies"][study]
+
+
 DRAWN = {
     "compare": lambda: plots.compare_figure(result("shapes-5-seeds.json")),
     "memory": lambda: plots.memory_figure(result("memory-voc.json")),
     "tables": lambda: list(plots.table_figures(result("paper-tables.json")["tables"])),
-    "trade-offs": lambda: plots.trade_offs(result("reproduce/report.json")["studies"], dict.fromkeys(STUDIES, "AP")),
-    "neighbours": lambda: plots.neighbours_figure(
-        result("reproduce/report.json")["studies"]["longer"], result("neighbours-time-swin-l.json")
-    ),
+    "trade-offs": lambda: plots.trade_offs({study: reported(study) for study in STUDIES}, dict.fromkeys(STUDIES, "AP")),
+    "photographs": lambda: plots.memory_trade_off({"VOC 2007": reported("photographs, detection")}, ["AP"]),
+    "neighbours": lambda: plots.neighbours_figure(reported("longer"), result("neighbours-time-swin-l.json")),
     "diagrams": lambda: [
         diagrams.figure5({"e3va": on_meta("e3va", "swin_nano")[0]}, on_meta("e3va", "swin_nano")[1]),
         diagrams.lengths(blocks=(1, 2)),
