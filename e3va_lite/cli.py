@@ -508,7 +508,6 @@ def reproduce(parts, arms, seeds, quick, photographs, settings, data, out, jobs,
             raise InputError("--quick is for generated scenes: leave out --photographs, or choose a part with --part.")
         roots = {word: Path(root) for word, root in photographs.items()}
         studies, known = photograph_studies(roots, settings), PHOTOGRAPH_PARTS
-        write_lists(studies.values(), out.with_name(f"{out.stem}-images.json"))
     elif settings:
         raise InputError("--set is for studies on photographs: give --photographs, too.")
     else:
@@ -523,6 +522,8 @@ def reproduce(parts, arms, seeds, quick, photographs, settings, data, out, jobs,
     ]
     if not any(chosen):
         raise InputError("nothing to run: no chosen part has such a method on these images; leave out --arm or --part.")
+    if photographs:
+        write_lists(studies.values(), out.with_name(f"{out.stem}-images.json"))
     where = _device(device)
     if costs:
         for line in measure_costs([pair for part in chosen for pair in part], where):

@@ -73,7 +73,10 @@ class FeatureCache:
         self.arrays, self.device, self.entries = arrays, device, []
 
     def _read(self, name: str) -> Tensor:
-        x = torch.from_numpy(self.arrays[name][self.entries]).to(self.device)  # (B, H, W, C)
+        return self._tensor(self.arrays[name][self.entries])  # (B, H, W, C)
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        x = torch.from_numpy(array).to(self.device)
         return x.view(torch.bfloat16) if x.dtype == torch.int16 else x
 
     def output(self, index: int) -> Tensor:
@@ -82,7 +85,8 @@ class FeatureCache:
 
     def start(self, images: Tensor) -> Tensor:
         """In the place of the patches, from which a highway takes a difference of zero to itself."""
-        return torch.zeros_like(self.output(0))
+        like = self.arrays[_output(0)]
+        return self._tensor(np.zeros((len(images), *like.shape[1:]), like.dtype))
 
     def reduce(self, index: int, x: Tensor) -> Tensor:
         return self._read(_input(index)) if index else x
