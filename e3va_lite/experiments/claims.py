@@ -119,7 +119,7 @@ PHOTOGRAPH_PLACES = {
     "photographs, instances": ("table2", "ap_box"),
     FEW_KIND: ("table1", "ap_voc"),
 }
-DETECTION = "photographs, detection"
+DETECTION, SEGMENTATION = "photographs, detection", "photographs, segmentation"
 
 
 def _photograph_claims() -> Iterator[Claim]:
@@ -135,12 +135,14 @@ def _photograph_claims() -> Iterator[Claim]:
             yield Claim(text, study, "e3va", b, margin, (table, "e3va", b, column))
         text = "E3VA is better than a frozen backbone with trained norms before the neck"
         yield Claim(text, study, "e3va", "fixed, norms trained")
-    table, column = PHOTOGRAPH_PLACES[DETECTION]
-    for a, b in (("e3va+", "e3va"), ("e3va++", "e3va+")):
-        yield Claim(f"{a} is better than {b}", DETECTION, a, b, 0.0, (table, a, b, column))
-    for text, b, margin, rows in DESIGN[:5]:
-        near = -NEAR_ON_PHOTOGRAPHS if margin else 0.0
-        yield Claim(text, DETECTION, "e3va", b, near, (*rows, "ap_voc"))
+    for study in (DETECTION, SEGMENTATION):
+        table, column = PHOTOGRAPH_PLACES[study]
+        for a, b in (("e3va+", "e3va"), ("e3va++", "e3va+")):
+            yield Claim(f"{a} is better than {b}", study, a, b, 0.0, (table, a, b, column))
+    for study, asked in ((DETECTION, DESIGN[:5]), (SEGMENTATION, DESIGN[3:4])):
+        for text, b, margin, rows in asked:
+            near = -NEAR_ON_PHOTOGRAPHS if margin else 0.0
+            yield Claim(text, study, "e3va", b, near, (*rows, PHOTOGRAPH_PLACES[study][1]))
     for name in NEIGHBOURS:
         yield Claim(f"E3VA is better than {name} of as many parameters", DETECTION, "e3va", name)
     yield Claim("E3VA is better than a frozen backbone", VIT_KIND, "e3va", "fixed")

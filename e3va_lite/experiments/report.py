@@ -26,6 +26,7 @@ from .claims import (
     PHOTOGRAPH_PREMISES,
     PLACES,
     PREMISES,
+    SEGMENTATION,
     Claim,
     judged,
     printed,
@@ -157,7 +158,8 @@ def _on_photographs(found: dict, studies: dict) -> list[str]:
         "premises": claim_table(found["premises"], called, PHOTOGRAPH_PREMISES, near),
         "which images": _images(found, studies),
         "methods": _methods(studies, *PHOTOGRAPH_PLACES, names=names),
-        "variants of E3VA": _variants(detection, variants),
+        f"variants of E3VA, {called[DETECTION]}": _variants(detection, variants),
+        f"variants of E3VA, {called[SEGMENTATION]}": _variants(studies[SEGMENTATION], variants, METRICS[SEGMENTATION]),
         "neighbours that cut the backward pass, too": _variants(detection, neighbours),
         called[VIT_KIND]: _variants(vit, ("full", "fixed", "e3va", "lora")),
         "claims": claim_table(found["claims"], called, PHOTOGRAPH_CLAIMS, near),
@@ -297,12 +299,12 @@ def _times(studies: dict) -> str:
     return _table(header, rows)
 
 
-def _variants(arms: dict, names: Iterable[str]) -> str:
+def _variants(arms: dict, names: Iterable[str], metric: str = METRICS["detection"]) -> str:
     rows = []
     for name, arm in ((name, arms[name]) for name in names if name in arms):
         speed = f"{arm['images_per_second']:.1f}" if "images_per_second" in arm else ""
         rows.append([name, f"`{arm['spec']}`", f"{arm['trainable']:,}", _score(arm), _mib(arm), speed])
-    header = ["", "options", "trained", METRICS["detection"], "peak, MiB", "images/s, inference"]
+    header = ["", "options", "trained", metric, "peak, MiB", "images/s, inference"]
     return _table(header, rows if len(rows) > 1 else [])
 
 

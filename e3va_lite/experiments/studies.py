@@ -318,6 +318,7 @@ DESIGN = (
     "trainable reductions",
     "fixed norms",
 )
+CAPACITY = ("e3va+", "e3va++", "trainable reductions")  # more to learn for the highway
 OTHERS = ("bitfit", "norm", "partial1", "adaptformer", "lorand", *NEIGHBOURS)
 #: As ``PARTS``, with kinds of studies; the most urgent first.
 PHOTOGRAPH_PARTS: dict[str, list[tuple[str, str]]] = {
@@ -325,7 +326,10 @@ PHOTOGRAPH_PARTS: dict[str, list[tuple[str, str]]] = {
     "segmentation": [("photographs, segmentation", arm) for arm in COMPARED],
     "instances": [("photographs, instances", arm) for arm in COMPARED],
     "few": [("photographs, few", arm) for arm in COMPARED],
-    "design": [("photographs, detection", arm) for arm in DESIGN],
+    "design": [
+        *(("photographs, segmentation", arm) for arm in CAPACITY),
+        *(("photographs, detection", arm) for arm in DESIGN),
+    ],
     "methods": [("photographs, detection", arm) for arm in OTHERS],
     "vit": [("photographs, ViT", arm) for arm in ("fixed", "e3va", "lora", "full")],
 }
