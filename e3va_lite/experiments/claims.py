@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from .paper_tables import printed_value
 from .significance import LEVEL, Difference, difference, holm
-from .studies import FEW_KIND, NEIGHBOURS, VIT_KIND
+from .studies import CAPACITY, FEW_KIND, NEIGHBOURS, VIT_KIND
 
 NEAR, ROOM = 0.02, 0.05
 NEAR_ON_PHOTOGRAPHS = 0.01
@@ -139,7 +139,7 @@ def _photograph_claims() -> Iterator[Claim]:
         table, column = PHOTOGRAPH_PLACES[study]
         for a, b in (("e3va+", "e3va"), ("e3va++", "e3va+")):
             yield Claim(f"{a} is better than {b}", study, a, b, 0.0, (table, a, b, column))
-    for study, asked in ((DETECTION, DESIGN[:5]), (SEGMENTATION, DESIGN[3:4])):
+    for study, asked in ((DETECTION, DESIGN[:5]), (SEGMENTATION, [row for row in DESIGN if row[1] in CAPACITY])):
         for text, b, margin, rows in asked:
             near = -NEAR_ON_PHOTOGRAPHS if margin else 0.0
             yield Claim(text, study, "e3va", b, near, (*rows, PHOTOGRAPH_PLACES[study][1]))
