@@ -556,8 +556,8 @@ def report(lines, out, price) -> None:
     out = out or lines[0].with_suffix("")
     check_place(out, overwrite=True, folder=True)
     summary = write(found, out, costs)
-    names = summary["photographs"]["names"]
-    for claim in (*summary["photographs"]["claims"], *summary["claims"]):
+    photographs, names = summary["photographs"], summary["photographs"]["names"]
+    for claim in (*photographs["costs"], *photographs["claims"], *summary["claims"]):
         click.echo(f"{claim['verdict']:>9}: {claim['claim']} ({names.get(claim['study'], claim['study'])})")
     click.echo(f"saved: the report in {out}")
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from .paper_tables import printed_value
-from .significance import LEVEL, Difference, difference, holm
+from .significance import LEVEL, Difference, difference, holm, noise
 from .studies import CAPACITY, FEW_KIND, NEIGHBOURS, VIT_KIND
 
 NEAR, ROOM = 0.02, 0.05
@@ -171,8 +171,9 @@ def printed(place: tuple[str, str], row: str) -> str:
 def judged(claims: Iterable[Claim], studies: dict[str, dict]) -> list[dict]:
     """The claims whose two arms were run: the difference with its interval, the corrected p-value and the verdict.
 
-    A verdict is ``holds``, ``does not`` (the opposite is significant) or ``undecided``. ``seeds_needed`` is how many
-    seeds would find as large a difference as was seen, see :meth:`.significance.Difference.seeds_needed`.
+    The noise is that of all arms of a study, see :func:`.significance.noise`. A verdict is ``holds``, ``does not`` (the
+    opposite is significant) or ``undecided``. ``seeds_needed`` is how many seeds would find as large a difference as
+    was seen, see :meth:`.significance.Difference.seeds_needed`.
     """
     found: list[tuple[Claim, Difference]] = []
     for claim in claims:
@@ -180,7 +181,8 @@ def judged(claims: Iterable[Claim], studies: dict[str, dict]) -> list[dict]:
         if claim.a in arms and claim.b in arms:
             a, b = arms[claim.a]["scores"], arms[claim.b]["scores"]
             seeds = sorted(a.keys() & b.keys())
-            found.append((claim, difference([a[s] for s in seeds], [b[s] for s in seeds])))
+            shared = noise(arm["scores"] for arm in arms.values())
+            found.append((claim, difference([a[s] for s in seeds], [b[s] for s in seeds], shared)))
     one_sided = [(d.p_more(claim.margin), d.p_less(claim.margin)) for claim, d in found]
     corrected = holm([min(1.0, 2 * min(pair)) for pair in one_sided])
     return [

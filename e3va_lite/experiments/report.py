@@ -6,11 +6,14 @@ photographs come first. Where there are any, what is said of generated scenes is
 What was not written down before the experiment's own runs on generated scenes: their world, which was changed after a
 first one in which E3VA did nothing (its lines are in ``data/results/reproduce-cluttered.jsonl``); and the study
 ``longer``, added when detection and segmentation had shown E3VA near a frozen backbone after 250 steps. The ablations,
-none of which had been run, moved there, for variants of something that does nothing cannot be told apart.
+none of which had been run, moved there, for variants of something that does nothing cannot be told apart. And the test:
+the noise of each claim was that of its own pairs until there were three seeds in two studies on photographs, where it
+decided none of ten claims; since then it is that of all arms of a study.
 """
 
 import json
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 
 from ..analysis.plots import memory_trade_off, neighbours_figure, trade_offs
@@ -31,9 +34,10 @@ from .claims import (
     judged,
     printed,
 )
+from .cost_claims import COST_CLAIMS, judged_costs
 from .paper_tables import printed_value
 from .reproduce import chosen_rate
-from .significance import MOST_SEEDS, interval
+from .significance import MOST_SEEDS, interval, noise
 from .studies import (
     ABLATIONS,
     ARMS,
@@ -76,9 +80,10 @@ def summarise(lines: list[dict]) -> dict:
     Returns:
         ``studies``: per study and arm the chosen learning rate, scores by seed, mean, half of the 95 % interval,
         trained parameters, and peak and seconds where they were measured; ``premises`` and ``claims`` on generated
-        scenes, see :func:`.claims.judged`; ``photographs``: the same two on photographs, and the studies' ``names`` and
-        ``images``; ``failed``: runs that diverged; ``runs``: how many lines there are; ``measured``: devices, versions
-        and dates.
+        scenes, see :func:`.claims.judged`; ``photographs``: the same two on photographs, those about ``costs``, and
+        the studies' ``names`` and ``images``; ``noise``: of each study with two arms or more, see
+        :func:`.significance.noise`; ``failed``: runs that diverged; ``runs``: how many lines there are; ``measured``:
+        devices, versions and dates.
     """
     lines = [{**line, "kind": line.get("kind", line.get("study"))} for line in lines]
     runs = [line for line in lines if line.get("purpose") in ("choose", "test")]
@@ -100,9 +105,15 @@ def summarise(lines: list[dict]) -> dict:
             "images": images,
             "premises": judged(PHOTOGRAPH_PREMISES, studies),
             "claims": judged(PHOTOGRAPH_CLAIMS, studies),
+            "costs": judged_costs(studies),
         },
         "premises": judged(PREMISES, studies),
         "claims": judged(CLAIMS, studies),
+        "noise": {
+            kind: asdict(noise(arm["scores"] for arm in arms.values()))
+            for kind, arms in studies.items()
+            if len(arms) > 1
+        },
         "failed": [f"{x['study']}, {x['arm']}, lr {x['lr']}" for x in runs if x["status"] == "failed"],
         "runs": len(runs),
         "measured": sorted(measured),
@@ -135,7 +146,7 @@ def as_markdown(summary: dict) -> str:
     """The report: tables beside the paper's, then the claims; photographs first."""
     parts = ["# The paper in miniature", _setting(summary)]
     if summary["photographs"]["names"]:
-        parts += _on_photographs(summary["photographs"], summary["studies"])
+        parts += _on_photographs(summary)
         if any(summary["studies"][study] for study in STUDIES):
             parts += _on_scenes_in_short(summary)
     else:
@@ -147,8 +158,9 @@ def _titled(sections: dict[str, str], before: str = "") -> list[str]:
     return [f"## {before}{title}\n\n{text}" for title, text in sections.items() if text]
 
 
-def _on_photographs(found: dict, studies: dict) -> list[str]:
+def _on_photographs(summary: dict) -> list[str]:
     """What the runs on photographs say."""
+    found, studies = summary["photographs"], summary["studies"]
     names, near = found["names"], NEAR_ON_PHOTOGRAPHS
     called = {kind: name for kind, (_, name, _) in ON_PHOTOGRAPHS.items()} | {FEW_KIND: "a tenth of the images"} | names
     detection, vit = studies[DETECTION], studies[VIT_KIND]
@@ -162,7 +174,9 @@ def _on_photographs(found: dict, studies: dict) -> list[str]:
         f"variants of E3VA, {called[SEGMENTATION]}": _variants(studies[SEGMENTATION], variants, METRICS[SEGMENTATION]),
         "neighbours that cut the backward pass, too": _variants(detection, neighbours),
         called[VIT_KIND]: _variants(vit, ("full", "fixed", "e3va", "lora")),
-        "claims": claim_table(found["claims"], called, PHOTOGRAPH_CLAIMS, near),
+        "claims about memory and time": _cost_table(found["costs"], called),
+        "claims about accuracy": claim_table(found["claims"], called, PHOTOGRAPH_CLAIMS, near),
+        "noise": _noise({called[kind]: summary["noise"][kind] for kind in called if kind in summary["noise"]}),
     }
     return _titled(sections, "On photographs: ")
 
@@ -183,6 +197,20 @@ file that ends in `-images.json`. Learning rates are chosen in shorter runs that
 images and do not train on it; neck and heads learn at the rate that a frozen backbone chooses."""
 
 
+def _noise(studies: dict[str, dict]) -> str:
+    """How far the scores of one method differ between seeds, by the name of a study."""
+    rows = []
+    for name, found in studies.items():
+        equal = "" if found["equal"] is None else f"{found['equal']:.2f}"
+        rows.append([name, str(found["methods"]), f"{100 * found['deviation']:.2f}", str(found["freedom"]), equal])
+    header = ["study", "methods", "standard deviation, points", "degrees of freedom", "Levene's test, p"]
+    return f"""{_table(header, rows)}
+
+The standard deviation of one score when what is common to all runs of a method, and to all runs of a seed, is taken
+away. Intervals and p-values of differences use it. It is estimated from all methods of a study together, which is right
+if they have equally much noise; Levene's test would say so, with a small p, if they had not."""
+
+
 def _on_scenes_in_short(summary: dict) -> list[str]:
     """What the runs on generated scenes still tell beside those on photographs."""
     studies = summary["studies"]
@@ -192,6 +220,7 @@ def _on_scenes_in_short(summary: dict) -> list[str]:
         "methods": _methods(studies, "detection", "longer", "segmentation", "instances"),
         "premises": claim_table(summary["premises"]),
         f"claims that were decided ({undecided} more are undecided)": claim_table(decided),
+        "noise": _noise({study: summary["noise"][study] for study in STUDIES if study in summary["noise"]}),
     }
     return _titled(sections, "On generated scenes: ")
 
@@ -214,6 +243,7 @@ def _on_scenes(summary: dict) -> list[str]:
         "Neighbours that cut the backward pass, too": _variants(longer, ("full", "fixed", "e3va", *NEIGHBOURS, "lora")),
         "A larger backbone in the memory of a smaller one": _larger(studies),
         "Claims": claim_table(summary["claims"]),
+        "Noise": _noise({study: found for study, found in summary["noise"].items() if study in STUDIES}),
     }
     return [_rates_of_heads(studies), *_titled(sections)]
 
@@ -352,6 +382,29 @@ def claim_table(
 *Near*: not worse by {points} or more. *Detectable*: the difference that so many seeds find with a probability of 80 %.
 Seeds that *would decide*: they find a difference as large as the one seen with that probability, after the correction.
 p-values are two-sided, corrected after Holm."""
+
+
+def _cost_table(claims: list[dict], names: dict[str, str]) -> str:
+    """Claims about memory and time of :func:`.cost_claims.judged_costs` as a Markdown table."""
+    rows = []
+    for claim in claims:
+        p, ours = claim["p"], percent(claim["share"])
+        if claim["interval95"]:
+            ours += f" ({percent(claim['interval95'][0])} to {percent(claim['interval95'][1])})"
+        said = "counted" if p is None else "< .001" if p < 0.001 else f"{p:.3f}"
+        row = [claim["claim"], names[claim["study"]], _printed_share(claim["paper"]), ours, said]
+        rows.append([*row, f"**{claim['verdict']}**"])
+    run = {(claim["claim"], claim["study"]) for claim in claims}
+    missing = [claim for claim in COST_CLAIMS if (claim.text, claim.study) not in run]
+    rows += [[x.text, names[x.study], _printed_share(x.printed()), "", "", "not measured"] for x in missing]
+    header = ["claim", "study", "the paper's share", "ours (95 %)", "p, corrected", "verdict"]
+    return f"""{_table(header, rows)}
+
+What E3VA's training step needs of the other method's: peak memory, and time in rounds in which methods take turns."""
+
+
+def _printed_share(share: float | None) -> str:
+    return "not printed" if share is None else percent(share)
 
 
 def write(lines: list[dict], folder: Path, costs: dict | None = None) -> dict:

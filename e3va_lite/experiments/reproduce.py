@@ -292,9 +292,9 @@ def measure_costs(pairs: list[Pair], device: torch.device, rounds: int = 6) -> I
     """What a training step of each arm needs, a line per study; to be measured when nothing else runs.
 
     Yields:
-        ``rows``: per arm the ``peak`` in bytes, the ``seconds`` of a training step, their share of full fine-tuning's,
-        and ``images_per_second`` of the backbone alone without gradients, literal equations for every highway. Medians
-        over rounds, arms in turn.
+        ``rows``: per arm the ``peak`` in bytes, the ``seconds`` of a training step, its seconds ``by_round``, in which
+        arms take turns, their share of full fine-tuning's, and ``images_per_second`` of the backbone alone without
+        gradients, literal equations for every highway. Medians over rounds.
     """
     for name, study in {study.name: study for study, _ in pairs}.items():
         recipes = {arm: Run(study, arm, "test", 1e-3, 0).recipe() for s, arm in pairs if s.name == name}
@@ -308,6 +308,7 @@ def measure_costs(pairs: list[Pair], device: torch.device, rounds: int = 6) -> I
         rows = []
         for arm in steps:
             row = {"arm": arm, "peak": peaks[arm], "seconds": round(float(np.median(training[arm])), 5)}
+            row["by_round"] = training[arm].round(5).tolist()
             if "full" in training:
                 row["seconds_of_full"] = median_share(training[arm], training["full"])
             rows.append(row | {"images_per_second": round(float(any_of_them.batch / np.median(inference[arm])), 2)})

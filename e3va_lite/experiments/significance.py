@@ -2,8 +2,13 @@
 
 A claim is of one of two kinds. *More*: a is better than b. *Near*: a is not worse than b by the margin, which has to be
 named before anybody looks. Each has a p-value; those of all claims are corrected together.
+
+A few pairs say little about their own spread. Where many methods were run with the same seeds, the spread is therefore
+that of all of them: a score is the method's, plus the seed's, plus noise that is as large for every method (a
+randomized block design, of which seeds are the blocks). With two methods this is the paired t-test.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,14 +20,55 @@ MOST_SEEDS = 100
 
 
 @dataclass(frozen=True)
+class Noise:
+    """What is left of the scores of several methods when that of the method and that of the seed are taken away.
+
+    Attributes:
+        methods: How many.
+        deviation: Standard deviation of one score.
+        freedom: Degrees of freedom of its estimate.
+        equal: p-value of Levene's test, where two methods or more have three scores: a small one says that methods
+            differ in noise, and should not share it.
+    """
+
+    methods: int
+    deviation: float
+    freedom: int
+    equal: float | None
+
+
+def noise(methods: Iterable[dict[str, float]]) -> Noise:
+    """The noise of methods that were run with the same seeds.
+
+    Args:
+        methods: Scores by seed of each of at least two methods, of at least two seeds each. Some may lack seeds that
+            others have.
+    """
+    methods = list(methods)
+    seeds = sorted(set().union(*methods))
+    rows = [(m, seeds.index(seed), score) for m, scores in enumerate(methods) for seed, score in scores.items()]
+    design = np.zeros((len(rows), len(methods) + len(seeds)))
+    for row, (m, s, _) in enumerate(rows):
+        design[row, [m, len(methods) + s]] = 1
+    scores = np.array([score for *_, score in rows])
+    fitted, _, rank, _ = np.linalg.lstsq(design, scores)
+    freedom = len(rows) - int(rank)
+    left = float(np.linalg.norm(scores - design @ fitted))
+    groups = [own for method in methods if len(own := list(method.values())) > 2 and np.ptp(own) > 0]
+    equal = float(stats.levene(*groups).pvalue) if len(groups) > 1 else None
+    return Noise(len(methods), left / freedom**0.5, freedom, equal)
+
+
+@dataclass(frozen=True)
 class Difference:
     """Scores of a minus those of b, in the scores' unit.
 
     Attributes:
         seeds: Pairs.
         mean, low, high: With the 95 % interval of Student's t.
-        deviation: Standard deviation of the differences.
-        detectable: The true difference that as many seeds find with a probability of 80 %.
+        deviation: Standard deviation of the difference of one pair.
+        freedom: Degrees of freedom of its estimate.
+        methods: From so many methods it was estimated.
     """
 
     seeds: int
@@ -30,7 +76,13 @@ class Difference:
     low: float
     high: float
     deviation: float
-    detectable: float
+    freedom: int
+    methods: int
+
+    @property
+    def detectable(self) -> float:
+        """The true difference that as many seeds find with a probability of 80 %."""
+        return _quantiles(LEVEL, self.freedom) * self.deviation / self.seeds**0.5
 
     def p_more(self, margin: float = 0.0) -> float:
         """One-sided: how likely so large a mean is if a were better than b by ``margin`` only."""
@@ -52,7 +104,7 @@ class Difference:
         """
         excess = abs(self.mean - margin)
         for n in range(2, MOST_SEEDS + 1):
-            quantiles = stats.t.ppf(1 - LEVEL / claims / 2, n - 1) + stats.t.ppf(POWER, n - 1)
+            quantiles = _quantiles(LEVEL / claims, (self.methods - 1) * (n - 1))
             if excess >= quantiles * self.deviation / n**0.5 > 0:
                 return n
         return None
@@ -61,16 +113,28 @@ class Difference:
         error = self.deviation / self.seeds**0.5
         if error == 0:
             return 0.0 if excess > 0 else 1.0
-        return float(stats.t.sf(excess / error, self.seeds - 1))
+        return float(stats.t.sf(excess / error, self.freedom))
 
 
-def difference(a: list[float], b: list[float]) -> Difference:
-    """The difference of two methods' scores, seed by seed; two seeds at least."""
+def _quantiles(level: float, freedom: int) -> float:
+    """How many standard errors a true difference needs to be found at a two-sided level with a probability of 80 %."""
+    return float(stats.t.ppf(1 - level / 2, freedom) + stats.t.ppf(POWER, freedom))
+
+
+def difference(a: list[float], b: list[float], shared: Noise | None = None) -> Difference:
+    """The difference of two methods' scores, seed by seed; two seeds at least.
+
+    Args:
+        shared: The noise of all methods of the study, see :func:`noise`; without it, the spread of the pairs counts.
+    """
     deltas = np.subtract(a, b)
-    n, deviation = len(deltas), float(deltas.std(ddof=1))
-    mean, half = interval(deltas)
-    enough = float(stats.t.ppf(1 - LEVEL / 2, n - 1) + stats.t.ppf(POWER, n - 1)) * deviation / n**0.5
-    return Difference(n, mean, mean - half, mean + half, deviation, enough)
+    n, mean = len(deltas), float(deltas.mean())
+    if shared is None:
+        deviation, freedom, methods = float(deltas.std(ddof=1)), n - 1, 2
+    else:
+        deviation, freedom, methods = 2**0.5 * shared.deviation, shared.freedom, shared.methods
+    half = float(stats.t.ppf(1 - LEVEL / 2, freedom)) * deviation / n**0.5
+    return Difference(n, mean, mean - half, mean + half, deviation, freedom, methods)
 
 
 def interval(scores: list[float]) -> tuple[float, float]:

@@ -73,7 +73,7 @@ def test_the_report_begins_with_photographs(tmp_path):
     assert "holds: E3VA is better than a frozen backbone (my cars)" in done.output
     text = (tmp_path / "photographs" / "report.md").read_text()
     titles = [line for line in text.splitlines() if line.startswith("## ")]
-    assert titles[0] == "## On photographs: premises" and titles[-1].startswith("## On generated scenes: claims that")
+    assert titles[0] == "## On photographs: premises" and titles[-2].startswith("## On generated scenes: claims that")
     assert "| my cars | 1,345 (`aaaaaaaaaaaa`) | 200 (`choosechoose`) | 9 (`testtesttest`) | 0.001 |" in text
     assert "| `e3va:rank=2` | 7 | 11.5 ± 1.2 (4) | 34 | 86.5 |" in text
     assert text.count("| not run |") == len(PHOTOGRAPH_CLAIMS) + len(PHOTOGRAPH_PREMISES) - 4
@@ -85,3 +85,27 @@ def test_undecided_claims_say_how_many_seeds_would_decide():
     (claim,) = report.summarise(lines_of(noise))["photographs"]["claims"]
     assert claim["verdict"] == "undecided" and claim["seeds_needed"] > 3
     assert f"**undecided**; {claim['seeds_needed']} seeds would decide" in report.claim_table([claim])
+
+
+def test_claims_about_memory_and_time():
+    rows = [
+        {"arm": "e3va", "peak": 50, "by_round": [1.0, 1.1, 0.9, 1.0, 1.0, 1.1]},
+        {"arm": "full", "peak": 100, "by_round": [2.0, 2.3, 1.8, 1.9, 2.0, 2.2]},
+        {"arm": "adapter", "peak": 40, "by_round": [1.0, 1.0, 1.0, 1.0, 1.1, 0.9]},
+    ]
+    arms = {(DETECTION, arm): FIXED for arm in ("e3va", "full", "adapter", "lora")}
+    costs = {"purpose": "cost", "study": NAMES[DETECTION], "kind": DETECTION, "rows": rows}
+    summary = report.summarise([*lines_of(arms), costs])
+    found = {(claim["of"], claim["other"]): claim for claim in summary["photographs"]["costs"]}
+    assert {key: claim["verdict"] for key, claim in found.items()} == {
+        ("memory", "full"): "holds",
+        ("memory", "adapter"): "does not",
+        ("time", "full"): "holds",
+        ("time", "adapter"): "undecided",
+    }
+    memory, time = found["memory", "full"], found["time", "full"]
+    assert memory["share"] == 0.5 and memory["paper"] == pytest.approx(4819 / 15679)
+    assert time["interval95"][0] < 0.5 < time["interval95"][1] < 0.55 and time["p"] < 0.001
+    text = report.as_markdown(summary)
+    assert "| E3VA needs less memory than full fine-tuning | my cars | 31 % | 50 % | counted | **holds** |" in text
+    assert "| E3VA needs less memory than LoRA | my cars | 48 % |  |  | not measured |" in text

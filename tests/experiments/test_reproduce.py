@@ -238,6 +238,7 @@ def test_costs():
     assert list(rows) == [arm for _, arm in arms] and rows["full"]["seconds_of_full"] == 1
     assert rows["fixed"]["peak"] < rows["e3va"]["peak"] < rows["chained"]["peak"] < rows["full"]["peak"]
     assert all(row["seconds"] > 0 and row["images_per_second"] > 0 for row in rows.values())
+    assert all(row["by_round"] == [row["seconds"]] for row in rows.values())
 
 
 def test_a_run_that_diverges_is_a_run(tmp_path, monkeypatch):

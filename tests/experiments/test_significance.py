@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from e3va_lite.experiments.significance import difference, holm, interval
+from e3va_lite.experiments.significance import difference, holm, interval, noise
 
 
 def test_a_difference_by_hand():
@@ -62,3 +62,55 @@ def test_as_many_seeds_as_are_needed_find_the_difference_four_times_in_five():
     found = [difference(rng.normal(true, 1, n), np.zeros(n)).p_more() < 0.025 for _ in range(4000)]
     assert 0.78 < np.mean(found) < 0.9  # n is whole
     assert once.seeds_needed(claims=30) > n and once.seeds_needed(margin=once.mean) is None
+
+
+def by_seed(scores):
+    return dict(zip(map(str, range(len(scores))), map(float, scores), strict=True))
+
+
+def test_the_noise_of_two_methods_is_that_of_the_paired_t_test():
+    rng = np.random.default_rng(5)
+    a, b = rng.normal(0.3, 0.03, 6), rng.normal(0.28, 0.03, 6)
+    shared, alone = difference(a, b, noise([by_seed(a), by_seed(b)])), difference(a, b)
+    assert (shared.deviation, shared.freedom, shared.methods) == pytest.approx((alone.deviation, 5, 2))
+    assert (shared.low, shared.high, shared.p_more(0.01)) == pytest.approx((alone.low, alone.high, alone.p_more(0.01)))
+
+
+def test_the_noise_of_a_block_design_by_hand():
+    """Without a missing score it is what remains after means of rows and columns."""
+    scores = np.random.default_rng(6).normal(0, 1, (4, 5))
+    left = scores - scores.mean(0) - scores.mean(1, keepdims=True) + scores.mean()
+    found = noise(by_seed(row) for row in scores)
+    assert found.freedom == 12 and found.deviation == pytest.approx((np.square(left).sum() / 12) ** 0.5)
+    moved = scores + np.array([[5.0], [0], [1], [9]]) + np.arange(5)  # methods and seeds are no noise
+    assert noise(by_seed(row) for row in moved).deviation == pytest.approx(found.deviation)
+
+
+def test_missing_seeds_take_degrees_of_freedom_away():
+    scores = np.random.default_rng(7).normal(0, 1, (4, 5))
+    methods = [by_seed(row) for row in scores]
+    del methods[0]["4"], methods[2]["3"]
+    assert noise(methods).freedom == 10
+
+
+def test_shared_noise_believes_too_much_as_rarely_as_it_says():
+    """Seven methods, three seeds, only one of them better: what is believed of the others, and of it."""
+    rng = np.random.default_rng(8)
+    wrong, alone, shared = [], [], []
+    for _ in range(2000):
+        scores = rng.normal(0, 1, (7, 3)) + rng.normal(0, 1, 3)
+        scores[1] += 3
+        every = noise(by_seed(row) for row in scores)
+        wrong.append(difference(scores[2], scores[3], every).p_more() < 0.025)
+        shared.append(difference(scores[1], scores[0], every).p_more() < 0.025)
+        alone.append(difference(scores[1], scores[0]).p_more() < 0.025)
+    assert np.mean(wrong) < 0.035
+    assert np.mean(shared) > 0.9 > 0.7 > np.mean(alone)  # what it is for
+
+
+def test_unequal_noise_is_noticed():
+    rng = np.random.default_rng(9)
+    alike = [by_seed(rng.normal(0, 1, 8)) for _ in range(8)]
+    assert noise(alike).equal > 0.05
+    assert noise([*alike, by_seed(rng.normal(0, 20, 8))]).equal < 0.01
+    assert noise([by_seed([0.1, 0.2]), by_seed([0.3, 0.2])]).equal is None  # two scores say nothing
