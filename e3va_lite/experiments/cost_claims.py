@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from .paper_tables import printed_value
 from .significance import LEVEL, difference, holm
+from .studies import PHOTOGRAPH_PARTS
 
 OTHERS = {"full": "full fine-tuning", "adapter": "adapters inside the backbone", "lora": "LoRA"}
 #: The paper's tables and columns of memory and time for each study; its memory on ADE20K is not printed.
@@ -47,11 +48,13 @@ class CostClaim:
         return own / other
 
 
+COMPARED = {pair for pairs in PHOTOGRAPH_PARTS.values() for pair in pairs}
 COST_CLAIMS = tuple(
     CostClaim(study, of, other, place)
     for study, places in PLACES.items()
     for of, place in zip(("memory", "time"), places, strict=True)
     for other in OTHERS
+    if (study, other) in COMPARED
 )
 
 

@@ -6,7 +6,7 @@ import pytest
 from click.testing import CliRunner
 
 from e3va_lite.cli import cli
-from e3va_lite.experiments import report
+from e3va_lite.experiments import report, report_text
 from e3va_lite.experiments.claims import PHOTOGRAPH_CLAIMS, PHOTOGRAPH_PREMISES
 
 DETECTION, SEGMENTATION = "photographs, detection", "photographs, segmentation"
@@ -84,7 +84,7 @@ def test_undecided_claims_say_how_many_seeds_would_decide():
     noise = {(DETECTION, "fixed"): [0.1, 0.2, 0.1], (DETECTION, "e3va"): [0.2, 0.15, 0.16]}
     (claim,) = report.summarise(lines_of(noise))["photographs"]["claims"]
     assert claim["verdict"] == "undecided" and claim["seeds_needed"] > 3
-    assert f"**undecided**; {claim['seeds_needed']} seeds would decide" in report.claim_table([claim])
+    assert f"**undecided**; {claim['seeds_needed']} seeds would decide" in report_text.claim_table([claim])
 
 
 def test_claims_about_memory_and_time():
@@ -106,6 +106,6 @@ def test_claims_about_memory_and_time():
     memory, time = found["memory", "full"], found["time", "full"]
     assert memory["share"] == 0.5 and memory["paper"] == pytest.approx(4819 / 15679)
     assert time["interval95"][0] < 0.5 < time["interval95"][1] < 0.55 and time["p"] < 0.001
-    text = report.as_markdown(summary)
+    text = report_text.as_markdown(summary)
     assert "| E3VA needs less memory than full fine-tuning | my cars | 31 % | 50 % | counted | **holds** |" in text
     assert "| E3VA needs less memory than LoRA | my cars | 48 % |  |  | not measured |" in text

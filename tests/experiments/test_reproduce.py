@@ -15,7 +15,7 @@ from e3va_lite.analysis.plots import neighbours_figure
 from e3va_lite.backbones.base import trainable_parameters
 from e3va_lite.cli import cli
 from e3va_lite.datasets.shapes import write_scenes
-from e3va_lite.experiments import claims, report, reproduce, studies
+from e3va_lite.experiments import claims, report, report_text, reproduce, studies
 from e3va_lite.experiments.jsonl import read_lines
 from e3va_lite.experiments.reproduce import CHOOSE_SEED, Run, chosen_rate, next_runs, run_experiment
 from e3va_lite.experiments.studies import (
@@ -360,7 +360,7 @@ def test_neighbours_are_drawn_over_their_price(tmp_path):
 def test_a_way_of_tuning_trains_another_number_in_each_task():
     lines = run_lines({(study, "e3va"): [0.3, 0.3] for study in ("detection", "few images", "segmentation")})
     lines = [{**x, "trainable": 9000 if x["study"] == "segmentation" else 7000} for x in lines]
-    assert "| `e3va:rank=2` | 7,000 / 9,000 | 30.0" in report.as_markdown(report.summarise(lines))
+    assert "| `e3va:rank=2` | 7,000 / 9,000 | 30.0" in report_text.as_markdown(report.summarise(lines))
 
 
 def test_the_report_says_where_the_heads_rate_is_not_the_frozen_backbones_own():
@@ -373,7 +373,7 @@ def test_the_report_says_where_the_heads_rate_is_not_the_frozen_backbones_own():
     said = (
         "detection 0.001; few images 0.001 (`fixed` itself chose 0.003, 3.0 points better on the scenes to choose on)"
     )
-    assert said in report.as_markdown(report.summarise(lines))
+    assert said in report_text.as_markdown(report.summarise(lines))
 
 
 def test_the_papers_numbers_beside_the_claims():
