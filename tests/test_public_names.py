@@ -24,7 +24,7 @@ MODULES = {
     "analysis.isolation": "random_functional reached_by_graph walk",
     "analysis.memory": "CATEGORIES",
     "analysis.notebook": "kinds results_folder reveal show",
-    "analysis.plots": "ledgers_figure memory_figure table_figures trade_offs",
+    "analysis.plots": "ledgers_figure memory_figure table_figures",
     "analysis.training_step": "build_step",
     "backbones.base": "trainable_parameters",
     "backbones.registry": "FAMILIES",

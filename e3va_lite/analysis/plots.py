@@ -139,45 +139,6 @@ def _memory(rows: list[dict], title: str) -> Figure:
 
 @STYLE
 @FONTS
-def trade_offs(studies: dict, metrics: dict[str, str]) -> Figure | None:
-    """Accuracy over memory, trained parameters and time: a row of panels per study, a point with its
-    interval per method.
-
-    Args:
-        studies: Of :func:`e3va_lite.experiments.report.summarise`.
-        metrics: The score's name per study.
-
-    Returns:
-        None where nothing was run.
-    """
-    present = {study: arms for study, arms in studies.items() if any(arm in arms for arm in MARKED)}
-    if not present:
-        return None
-    costs = (("peak", MIB, "peak of a training step, MiB"), ("trainable", 1e3, "trained in the backbone, thousands"))
-    costs += (("seconds_of_full", 1, "time of a training step, of full"),)
-    figure = Figure(figsize=(13, 3.6 * len(present)), dpi=DPI)
-    axes = figure.subplots(len(present), 3, squeeze=False, sharey="row")
-    for row, (study, arms) in zip(axes, present.items(), strict=True):
-        for axis, (key, unit, label) in zip(row, costs, strict=True):
-            names = [name for name in MARKED if name in arms and arms[name].get(key) is not None]
-            if not names:
-                axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", color="0.5")
-            for name in names:
-                _score(axis, name, arms[name][key] / unit, arms[name], ms=6, mec="white", mew=0.6, label=name)
-            _cost_axis(axis, label, "trained" in label)
-        row[0].set_ylabel(f"{study}: {metrics[study]}, %", fontsize=9)
-    legend = {}
-    for axis in axes.flat:
-        legend |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    order = [name for name in MARKED if name in legend]
-    height = 0.55 / figure.get_figheight()
-    figure.legend([legend[name] for name in order], order, loc="lower center", ncols=7, frameon=False, fontsize=9)
-    figure.tight_layout(rect=(0, height, 1, 1))
-    return figure
-
-
-@STYLE
-@FONTS
 def memory_trade_off(studies: dict[str, dict], metrics: list[str]) -> Figure | None:
     """Accuracy over the peak memory of a training step, a panel per study, a point with its interval per method.
 
@@ -194,20 +155,23 @@ def memory_trade_off(studies: dict[str, dict], metrics: list[str]) -> Figure | N
             panels.append((title, metric, {name: arms[name] for name in names}))
     if not panels:
         return None
-    figure = Figure(figsize=(max(4.5, 2.7 * len(panels)), 3.3), dpi=DPI)
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    columns, rows = min(len(panels), 3), -(-len(panels) // 3)
+    figure = Figure(figsize=(max(4.5, 2.7 * columns), 0.7 + 2.6 * rows), dpi=DPI)
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for unused in axes[len(panels) :]:
+        unused.axis("off")
     handles = {}
-    for axis, (title, metric, arms) in zip(axes, panels, strict=True):
+    for axis, (title, metric, arms) in zip(axes[: len(panels)], panels, strict=True):
         for name, arm in arms.items():
             handles[name] = _score(axis, name, arm["peak"] / MIB, arm, ms=7.5, mec="white", mew=0.7, capsize=2)
         axis.set_title(f"{title}\n{metric}, %", loc="left", fontsize=10)
-        _cost_axis(axis, "peak of a training step, MiB", logarithmic=False)
+        _cost_axis(axis, "peak of a training step, MiB")
         axis.set_xlim(right=1.12 * axis.get_xlim()[1])
     names = [name for name in MARKED if name in handles]
     columns = 4 if len(panels) > 1 else 3
     style = {"loc": "lower center", "frameon": False, "fontsize": 9, "columnspacing": 1.2}
     figure.legend([handles[name] for name in names], names, ncols=columns, **style)
-    figure.tight_layout(rect=(0, 0.07 * -(-len(names) // columns), 1, 1))
+    figure.tight_layout(rect=(0, 0.23 * -(-len(names) // columns) / figure.get_figheight(), 1, 1))
     return figure
 
 
@@ -244,7 +208,7 @@ def neighbours_figure(arms: dict, costs: dict) -> Figure | None:
             if "checkpointing" in row["method"]:
                 style = {"label": f"{name}, checkpointed", "mfc": "white"}
             _score(axis, name, cost(row, arm), arm, ms=7, **style)
-        _cost_axis(axis, label, "trained" in label)
+        _cost_axis(axis, label, logarithmic="trained" in label)
     axes[2].set_xlim(-2, 2 * max(10.0, *(arm["trainable"] / 1e3 for _, _, arm in found)))  # room at both ends
     axes[0].set_ylabel("AP at IoU .5 in miniature, %", fontsize=9)
     handles, labels = axes[0].get_legend_handles_labels()
@@ -345,7 +309,7 @@ def _score(axis: Axes, name: str, cost: float, arm: dict, **style: object) -> Er
     return axis.errorbar(cost, 100 * arm["mean"], 100 * arm["half"], **style)
 
 
-def _cost_axis(axis: Axes, label: str, logarithmic: bool) -> None:
+def _cost_axis(axis: Axes, label: str, logarithmic: bool = False) -> None:
     if logarithmic:
         axis.set_xscale("symlog", linthresh=10)
     axis.set_xlim(left=-2 if logarithmic else 0)  # room for those that train nothing

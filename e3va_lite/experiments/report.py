@@ -17,13 +17,13 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from ..analysis.plots import memory_trade_off, neighbours_figure, trade_offs
+from ..analysis.plots import memory_trade_off, neighbours_figure
 from .claims import CLAIMS, PHOTOGRAPH_CLAIMS, PHOTOGRAPH_PLACES, PHOTOGRAPH_PREMISES, PREMISES, judged
 from .cost_claims import judged_costs
 from .report_text import METRICS, as_markdown
 from .reproduce import chosen_rate
 from .significance import interval, noise
-from .studies import ARMS, FEW_KIND, ON_PHOTOGRAPHS, STUDIES, spec_for
+from .studies import ARMS, COMPARED, FEW_KIND, ON_PHOTOGRAPHS, STUDIES, spec_for
 
 
 def summarise(lines: list[dict]) -> dict:
@@ -99,9 +99,17 @@ def _arm(runs: list[dict]) -> dict | None:
 
 def photographs_figure(summary: dict) -> Figure | None:
     """Accuracy over memory on photographs, a panel per task; None where no memory was measured."""
-    studies, names = summary["studies"], summary["photographs"]["names"]
-    tasks = [kind for kind in PHOTOGRAPH_PLACES if kind in names and kind != FEW_KIND]
-    return memory_trade_off({names[kind]: studies[kind] for kind in tasks}, [METRICS[kind] for kind in tasks])
+    names = summary["photographs"]["names"]
+    return _trade_off(summary, {kind: names[kind] for kind in PHOTOGRAPH_PLACES if kind in names and kind != FEW_KIND})
+
+
+def _trade_off(summary: dict, titles: dict[str, str]) -> Figure | None:
+    """Accuracy over memory, a panel per study; of the methods those that every task on photographs compares."""
+    studies = {
+        title: {arm: found for arm, found in summary["studies"][kind].items() if arm in COMPARED}
+        for kind, title in titles.items()
+    }
+    return memory_trade_off(studies, [METRICS[kind] for kind in titles])
 
 
 def write(lines: list[dict], folder: Path, costs: dict | None = None) -> dict:
@@ -117,8 +125,8 @@ def write(lines: list[dict], folder: Path, costs: dict | None = None) -> dict:
     studies = summary["studies"]
     if figure := photographs_figure(summary):
         figure.savefig(folder / "photographs.png")
-    if figure := trade_offs({study: studies[study] for study in STUDIES}, METRICS):
-        figure.savefig(folder / "trade-offs.png")
+    if figure := _trade_off(summary, {study: study for study in STUDIES}):
+        figure.savefig(folder / "scenes.png")
     if costs and (figure := neighbours_figure(studies.get("longer", {}), costs)):
         figure.savefig(folder / "neighbours.png")
     return summary

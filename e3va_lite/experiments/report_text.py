@@ -285,7 +285,7 @@ def claim_table(
     if not rows:
         return "Nothing to judge yet."
     header = ["claim", "study", "the paper", "ours, points (95 %)", "detectable", "p, corrected", "verdict"]
-    points = "two points" if near == NEAR else "one point"
+    points = "two points" if near == NEAR else "one point (in instances a quarter of a point)"
     return f"""{_table(header, rows)}
 
 *Near*: not worse by {points} or more. *Detectable*: the difference that so many seeds find with a probability of 80 %.

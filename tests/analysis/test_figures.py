@@ -27,8 +27,7 @@ DRAWN = {
     "compare": lambda: plots.compare_figure(result("shapes-5-seeds.json")),
     "memory": lambda: plots.memory_figure(result("memory-voc.json")),
     "tables": lambda: list(plots.table_figures(result("paper-tables.json")["tables"])),
-    "trade-offs": lambda: plots.trade_offs({study: reported(study) for study in STUDIES}, dict.fromkeys(STUDIES, "AP")),
-    "photographs": lambda: plots.memory_trade_off({"VOC 2007": reported("photographs, detection")}, ["AP"]),
+    "memory trade-off": lambda: plots.memory_trade_off({study: reported(study) for study in STUDIES}, ["AP"] * 6),
     "neighbours": lambda: plots.neighbours_figure(reported("longer"), result("neighbours-time-swin-l.json")),
     "diagrams": lambda: [
         diagrams.figure5({"e3va": on_meta("e3va", "swin_nano")[0]}, on_meta("e3va", "swin_nano")[1]),

@@ -326,7 +326,7 @@ def test_the_report_says_what_the_lines_say(tmp_path):
     assert "detection, e3va, lr 0.0003" in text and "a CPU" in text and "| full" not in text.split("## Table 2")[0]
     summary = json.loads((tmp_path / "report" / "report.json").read_text())
     assert summary["studies"]["detection"]["e3va"]["mean"] == pytest.approx(0.31)
-    assert (tmp_path / "report" / "trade-offs.png").stat().st_size > 10_000
+    assert (tmp_path / "report" / "scenes.png").stat().st_size > 10_000
 
 
 PRICE = Path(__file__).parents[2] / "data" / "results" / "neighbours-time-swin-l.json"
