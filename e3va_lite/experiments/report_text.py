@@ -16,7 +16,7 @@ from .claims import (
     Claim,
     printed,
 )
-from .cost_claims import COST_CLAIMS
+from .cost_claims import COST_CLAIMS, CostClaim
 from .paper_tables import printed_value
 from .significance import MOST_SEEDS
 from .studies import (
@@ -83,7 +83,7 @@ def _on_photographs(summary: dict) -> list[str]:
         f"variants of E3VA, {called[SEGMENTATION]}": _variants(studies[SEGMENTATION], variants, METRICS[SEGMENTATION]),
         "neighbours that cut the backward pass, too": _variants(detection, neighbours),
         called[VIT_KIND]: _variants(vit, ("full", "fixed", "e3va", "lora")),
-        "claims about memory and time": cost_table(found["costs"], called),
+        "claims about memory and time": cost_table(found["costs"], called, COST_CLAIMS),
         "claims about accuracy": claim_table(found["claims"], called, PHOTOGRAPH_CLAIMS, near),
         "noise": _noise({called[kind]: summary["noise"][kind] for kind in called if kind in summary["noise"]}),
     }
@@ -293,8 +293,14 @@ Seeds that *would decide*: they find a difference as large as the one seen with 
 p-values are two-sided, corrected after Holm."""
 
 
-def cost_table(claims: list[dict], names: dict[str, str]) -> str:
-    """Claims about memory and time of :func:`.cost_claims.judged_costs` as a Markdown table."""
+def cost_table(claims: list[dict], names: dict[str, str], wanted: Iterable[CostClaim] = ()) -> str:
+    """Claims about memory and time as a Markdown table: the paper's shares, ours, and the verdicts.
+
+    Args:
+        claims: Of :func:`.cost_claims.judged_costs`.
+        names: What people call the studies.
+        wanted: All claims, of which those that were not measured are rows, too.
+    """
     rows = []
     for claim in claims:
         p, ours = claim["p"], percent(claim["share"])
@@ -304,7 +310,7 @@ def cost_table(claims: list[dict], names: dict[str, str]) -> str:
         row = [claim["claim"], names[claim["study"]], _printed_share(claim["paper"]), ours, said]
         rows.append([*row, f"**{claim['verdict']}**"])
     run = {(claim["claim"], claim["study"]) for claim in claims}
-    missing = [claim for claim in COST_CLAIMS if (claim.text, claim.study) not in run]
+    missing = [claim for claim in wanted if (claim.text, claim.study) not in run]
     rows += [[x.text, names[x.study], _printed_share(x.printed()), "", "", "not measured"] for x in missing]
     header = ["claim", "study", "the paper's share", "ours (95 %)", "p, corrected", "verdict"]
     return f"""{_table(header, rows)}
