@@ -147,11 +147,11 @@ def memory_trade_off(studies: dict[str, dict], metrics: list[str]) -> Figure | N
         metrics: The score's name per study.
 
     Returns:
-        None where no memory was measured.
+        None where no memory was measured; a study with one method alone has no panel.
     """
     panels = []
     for (title, arms), metric in zip(studies.items(), metrics, strict=True):
-        if names := [name for name in MARKED if "peak" in arms.get(name, {})]:
+        if len(names := [name for name in MARKED if "peak" in arms.get(name, {})]) > 1:
             panels.append((title, metric, {name: arms[name] for name in names}))
     if not panels:
         return None
