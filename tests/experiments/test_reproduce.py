@@ -314,7 +314,7 @@ def test_many_claims_ask_for_more():
 def test_the_report_says_what_the_lines_say(tmp_path):
     arms = {("detection", "e3va"): [0.30, 0.32], ("detection", "fixed"): [0.20, 0.24], ("quick", "full"): [0.1, 0.2]}
     lines = run_lines(arms)
-    costs = [{"arm": "e3va", "peak": 3 * 2**20, "seconds": 1.0, "images_per_second": 4.0}]
+    costs = [{"arm": arm, "peak": 3 * 2**20, "seconds": 1.0, "images_per_second": 4.0} for arm in ("e3va", "fixed")]
     lines.append({"purpose": "cost", "study": "detection", "rows": costs})
     lines[0] |= {"status": "failed"}
     path = tmp_path / "runs.jsonl"
