@@ -9,17 +9,18 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from .claims import DETECTION, INSTANCES, SEGMENTATION
 from .paper_tables import printed_value
 from .significance import LEVEL, difference, holm
-from .studies import PHOTOGRAPH_PARTS
+from .studies import PHOTOGRAPH_PARTS, VIT_KIND
 
 OTHERS = {"full": "full fine-tuning", "adapter": "adapters inside the backbone", "lora": "LoRA"}
 #: The paper's tables and columns of memory and time for each study; its memory on ADE20K is not printed.
 PLACES: dict[str, tuple[tuple[str, str] | None, tuple[str, str] | None]] = {
-    "photographs, detection": (("table1", "memory"), ("table3", "voc")),
-    "photographs, segmentation": (None, ("table3", "ade20k")),
-    "photographs, instances": (("table2", "memory"), ("table3", "coco")),
-    "photographs, ViT": (None, None),
+    DETECTION: (("table1", "memory"), ("table3", "voc")),
+    SEGMENTATION: (None, ("table3", "ade20k")),
+    INSTANCES: (("table2", "memory"), ("table3", "coco")),
+    VIT_KIND: (None, None),
 }
 
 
