@@ -6,8 +6,8 @@ from ..analysis.text_table import percent
 from ..recipes.schema import load_recipe
 from .claims import (
     DETECTION,
-    NEAR,
     NEAR_ON_PHOTOGRAPHS,
+    NEAR_ON_SCENES,
     PHOTOGRAPH_CLAIMS,
     PHOTOGRAPH_PLACES,
     PHOTOGRAPH_PREMISES,
@@ -259,7 +259,7 @@ def _larger(studies: dict) -> str:
 
 
 def claim_table(
-    claims: list[dict], names: dict[str, str] | None = None, wanted: Iterable[Claim] = (), near: float = NEAR
+    claims: list[dict], names: dict[str, str] | None = None, wanted: Iterable[Claim] = (), near: float = NEAR_ON_SCENES
 ) -> str:
     """Claims or premises of a summary as a Markdown table: the paper's numbers, ours, and the verdicts.
 
@@ -285,11 +285,12 @@ def claim_table(
     if not rows:
         return "Nothing to judge yet."
     header = ["claim", "study", "the paper", "ours, points (95 %)", "detectable", "p, corrected", "verdict"]
-    points = "two points" if near == NEAR else "one point (in instances a quarter of a point)"
+    points = "two points" if near == NEAR_ON_SCENES else "one point (in instances a quarter of a point)"
     return f"""{_table(header, rows)}
 
-*Near*: not worse by {points} or more. *Detectable*: the difference that so many seeds find with a probability of 80 %.
-Seeds that *would decide*: they find a difference as large as the one seen with that probability, after the correction.
+*Near*: not worse by {points} or more. *Level*: a difference of less than that, either way. *Detectable*: the difference
+that so many seeds find with a probability of 80 %. Seeds that *would decide*: they do so with that probability, after
+the correction, if the difference is as large as the one seen.
 p-values are two-sided, corrected after Holm."""
 
 

@@ -1,7 +1,8 @@
 """How sure a difference between two methods is. Scores are paired: the same seed means the same order of images.
 
 A claim is of one of two kinds. *More*: a is better than b. *Near*: a is not worse than b by the margin, which has to be
-named before anybody looks. Each has a p-value; those of all claims are corrected together.
+named before anybody looks. That a is better may also turn out to be a difference too small to care about: *level*, less
+than that margin either way (two one-sided tests). Each has a p-value; those of all claims are corrected together.
 
 A few pairs say little about their own spread. Where many methods were run with the same seeds, the spread is therefore
 that of all of them: a score is the method's, plus the seed's, plus noise that is as large for every method (a
@@ -92,17 +93,22 @@ class Difference:
         """One-sided: how likely so small a mean is if a were better than b by as much as ``margin``."""
         return self._p(margin - self.mean)
 
-    def seeds_needed(self, margin: float = 0.0, claims: int = 1) -> int | None:
+    def p_level(self, near: float) -> float:
+        """How likely so small a mean, either way, is if a were better or worse than b by as much as ``near``."""
+        return max(self.p_more(-near), self.p_less(near))
+
+    def seeds_needed(self, margin: float = 0.0, claims: int = 1, near: float = 0.0) -> int | None:
         """How many seeds find with a probability of 80 % that a true difference of this size is not the margin.
 
         Args:
             margin: See :meth:`p_more`.
+            near: Where it is not 0, finding that the difference is smaller than that, either way, counts as well.
             claims: So many are corrected together; the level is the strictest that Holm's correction asks for.
 
         Returns:
             None for more than ``MOST_SEEDS``, as where the two can hardly be told apart.
         """
-        excess = abs(self.mean - margin)
+        excess = max(abs(self.mean - margin), near - abs(self.mean))
         for n in range(2, MOST_SEEDS + 1):
             quantiles = _quantiles(LEVEL / claims, (self.methods - 1) * (n - 1))
             if excess >= quantiles * self.deviation / n**0.5 > 0:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 from click.testing import CliRunner
+from scipy import stats
 
 from e3va_lite.cli import cli
 from e3va_lite.experiments import report, report_text
@@ -84,6 +85,7 @@ def test_undecided_claims_say_how_many_seeds_would_decide():
     noise = {(DETECTION, "fixed"): [0.1, 0.2, 0.1], (DETECTION, "e3va"): [0.2, 0.15, 0.16]}
     (claim,) = report.summarise(lines_of(noise))["photographs"]["claims"]
     assert claim["verdict"] == "undecided" and claim["seeds_needed"] > 3
+    assert claim["p"] == pytest.approx(stats.ttest_rel(*noise.values()).pvalue)  # two-sided
     assert f"**undecided**; {claim['seeds_needed']} seeds would decide" in report_text.claim_table([claim])
 
 

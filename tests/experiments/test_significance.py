@@ -23,9 +23,25 @@ def test_p_values_are_those_of_the_paired_t_test():
     assert d.p_more(0.01) + d.p_less(0.01) == pytest.approx(1)
 
 
+def test_level_is_two_one_sided_tests():
+    rng = np.random.default_rng(10)
+    a, b = rng.normal(0.3, 0.01, 8), rng.normal(0.305, 0.01, 8)
+    above = stats.ttest_rel(a, b - 0.02, alternative="greater").pvalue
+    below = stats.ttest_rel(a, b + 0.02, alternative="less").pvalue
+    assert difference(a, b).p_level(0.02) == pytest.approx(max(above, below))
+    assert difference(a, b + 0.1).p_level(0.02) > 0.99 < difference(a + 0.1, b).p_level(0.02)
+
+
+def test_methods_as_far_apart_as_what_counts_as_near_are_rarely_level():
+    rng = np.random.default_rng(11)
+    apart = [difference(rng.normal(3, 1, 8), np.zeros(8)).p_level(3) < 0.025 for _ in range(4000)]
+    alike = [difference(rng.normal(0, 1, 8), np.zeros(8)).p_level(3) < 0.025 for _ in range(4000)]
+    assert np.mean(apart) < 0.035 and np.mean(alike) > 0.95
+
+
 def test_scores_without_spread():
     equal, above = difference([0.2, 0.2], [0.2, 0.2]), difference([0.3, 0.3], [0.2, 0.2])
-    assert equal.p_more() == equal.p_less() == 1 and equal.p_more(-0.02) == 0
+    assert equal.p_more() == equal.p_less() == 1 and equal.p_more(-0.02) == equal.p_level(0.02) == 0
     assert above.p_more() == 0 and above.p_less() == 1
 
 
@@ -62,6 +78,16 @@ def test_as_many_seeds_as_are_needed_find_the_difference_four_times_in_five():
     found = [difference(rng.normal(true, 1, n), np.zeros(n)).p_more() < 0.025 for _ in range(4000)]
     assert 0.78 < np.mean(found) < 0.9  # n is whole
     assert once.seeds_needed(claims=30) > n and once.seeds_needed(margin=once.mean) is None
+
+
+def test_as_many_seeds_as_are_needed_find_that_methods_are_level_four_times_in_five():
+    once = difference([0.5, -0.5, 0.6, -0.4], [0.0] * 4)
+    true, near = once.mean / once.deviation, 1.0  # in deviations
+    n = once.seeds_needed(near=near * once.deviation)
+    assert once.seeds_needed() is None  # they can hardly be told apart
+    rng = np.random.default_rng(12)
+    found = [difference(rng.normal(true, 1, n), np.zeros(n)).p_level(near) < 0.025 for _ in range(4000)]
+    assert 0.74 < np.mean(found) < 0.9
 
 
 def by_seed(scores):
