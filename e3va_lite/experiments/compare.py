@@ -22,7 +22,7 @@ from ..tasks import voc
 from ..training.engine import build_model, evaluate, fit, machine
 from ..training.sampling import StepSampler, loader, to_device
 from .jsonl import append_line, read_lines
-from .significance import difference
+from .significance import difference, noise
 
 METHODS = ("fixed", "adapter", "e3va", "full")
 TRAIN_IMAGES, VAL_IMAGES, DATA_SEED = 520, 160, 0
@@ -55,7 +55,8 @@ def compare(
     Returns:
         ``{"rows": [{"method", "ap50", "ap50_by_seed", "trainable", "peak_bytes", "step_seconds", ...}, ...], ...}``;
         shares are relative to ``full`` where it is among the methods. ``differences`` holds, for more than one seed,
-        the mean AP of the last method minus each other's, paired by seed, with its 95 % interval.
+        the mean AP of the last method minus each other's, paired by seed, with its 95 % interval; the noise is that of
+        all methods, see :func:`.significance.noise`.
 
     Raises:
         InputError: For anything wrong with methods, options or data.
@@ -116,7 +117,8 @@ def _cost(models: dict, recipes: dict, dataset: Dataset, device: torch.device) -
 
 
 def _difference(ap: dict[str, list[float]], method: str, other: str) -> dict:
-    found = difference(ap[method], ap[other])
+    shared = noise({str(n): score for n, score in enumerate(scores)} for scores in ap.values())
+    found = difference(ap[method], ap[other], shared)
     mean, *interval = (round(x, 4) for x in (found.mean, found.low, found.high))
     return {"method": method, "minus": other, "mean": mean, "interval95": interval}
 

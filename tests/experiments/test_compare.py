@@ -101,6 +101,13 @@ def test_differences_are_paired_by_seed():
     assert difference["mean"] == pytest.approx(0.10) and difference["interval95"] == pytest.approx([0.0752, 0.1248])
 
 
+def test_other_methods_say_how_large_the_noise_is():
+    # every mean of a method and of a seed is 2, so what is left has squares of 6 in all and 4 degrees of freedom: the
+    # variance of a difference is 2 * 6 / 4, that of the mean of three is 1, and t(4) = 2.7764
+    difference = compare._difference({"a": [1, 2, 3], "b": [2, 3, 1], "c": [3, 1, 2]}, "a", "b")
+    assert difference["mean"] == 0 and difference["interval95"] == pytest.approx([-2.7764, 2.7764])
+
+
 def test_the_figure_is_a_picture(finished):
     with Image.open(finished[0] / "table.png") as image:
         assert min(image.size) > 300 and len(image.convert("L").getcolors()) > 20
