@@ -23,7 +23,7 @@ from .claims import CLAIMS, PHOTOGRAPH_CLAIMS, PHOTOGRAPH_PLACES, PHOTOGRAPH_PRE
 from .cost_claims import judged_costs
 from .report_text import METRICS, as_markdown
 from .reproduce import chosen_rate
-from .significance import interval, noise
+from .significance import Noise, interval, noise
 from .studies import ARMS, COMPARED, FEW_KIND, ON_PHOTOGRAPHS, STUDIES, spec_for
 
 
@@ -105,11 +105,17 @@ def photographs_figure(summary: dict) -> Figure | None:
 
 
 def _trade_off(summary: dict, titles: dict[str, str]) -> Figure | None:
-    """Accuracy over memory, a panel per study; of the methods those that every task on photographs compares."""
-    studies = {
-        title: {arm: found for arm, found in summary["studies"][kind].items() if arm in COMPARED}
-        for kind, title in titles.items()
-    }
+    """Accuracy over memory, a panel per study; intervals are those of the noise that the methods share.
+
+    Of the methods those that every task on photographs compares, without training from scratch: it is a premise, no
+    choice that anybody has, and lies so far below the others that they would all be at one height.
+    """
+    studies: dict[str, dict] = {title: {} for title in titles.values()}
+    for kind, title in titles.items():
+        for arm, found in summary["studies"][kind].items():
+            if arm in COMPARED and arm != "from scratch" and kind in summary["noise"]:
+                half = Noise(**summary["noise"][kind]).half(len(found["scores"]))
+                studies[title][arm] = {**found, "half": half}
     return memory_trade_off(studies, [METRICS[kind] for kind in titles])
 
 

@@ -112,6 +112,12 @@ def test_the_noise_of_a_block_design_by_hand():
     assert noise(by_seed(row) for row in moved).deviation == pytest.approx(found.deviation)
 
 
+def test_the_interval_of_a_mean_is_that_of_a_difference_over_the_root_of_two():
+    scores = [by_seed(row) for row in np.random.default_rng(13).normal(0, 1, (4, 5))]
+    d = difference(list(scores[0].values()), list(scores[1].values()), noise(scores))
+    assert noise(scores).half(5) * 2**0.5 == pytest.approx((d.high - d.low) / 2)
+
+
 def test_missing_seeds_take_degrees_of_freedom_away():
     scores = np.random.default_rng(7).normal(0, 1, (4, 5))
     methods = [by_seed(row) for row in scores]
