@@ -64,7 +64,10 @@ def as_markdown(summary: dict) -> str:
 
 
 def _titled(sections: dict[str, str], before: str = "") -> list[str]:
-    return [f"## {before}{title}\n\n{text}" for title, text in sections.items() if text]
+    """The sections that have something to show, and the names of the others."""
+    shown = [f"## {before}{title}\n\n{text}" for title, text in sections.items() if text]
+    missing = "; ".join(f"{before}{title}" for title, text in sections.items() if not text)
+    return [*shown, f"Not run yet: {missing}."] if missing else shown
 
 
 def _on_photographs(summary: dict) -> list[str]:
@@ -108,6 +111,8 @@ images and do not train on it; neck and heads learn at the rate that a frozen ba
 
 def _noise(studies: dict[str, dict]) -> str:
     """How far the scores of one method differ between seeds, by the name of a study."""
+    if not studies:
+        return ""
     rows = []
     for name, found in studies.items():
         equal = "" if found["equal"] is None else f"{found['equal']:.2f}"
@@ -141,14 +146,15 @@ def _on_scenes(summary: dict) -> list[str]:
     widths = [name for arm in PAPERS_WIDTHS for name in (arm.split(",")[0], arm)]
     longer_title = f"Tables 5 and 6, ranks and open readings: detection in {STUDIES['longer'].steps} steps"
     ablated = ("full", "fixed", "fixed, norms trained", "adapter", "e3va", "e3va+", "e3va++", *ABLATIONS)
+    variants = _variants(longer, ablated)
     sections = {
         "Premises: pretraining matters here, and so does tuning": claim_table(summary["premises"]),
         "Table 1: detection and segmentation": _methods(studies, "detection", "segmentation", "few images"),
         "Table 2: instances": _methods(studies, "instances"),
-        "The quick subset": _methods(studies, "quick") if studies.get("quick") else "",
+        **({"The quick subset": _methods(studies, "quick")} if studies.get("quick") else {}),
         "Table 3: time of a training step": _times(studies),
         "The baselines' widths, ours and the paper's: detection": _variants(detection, widths),
-        longer_title: f"{_variants(longer, ablated)}\n\n{TWO_BRANCHES}",
+        longer_title: f"{variants}\n\n{TWO_BRANCHES}" if variants else "",
         "Neighbours that cut the backward pass, too": _variants(longer, ("full", "fixed", "e3va", *NEIGHBOURS, "lora")),
         "A larger backbone in the memory of a smaller one": _larger(studies),
         "Claims": claim_table(summary["claims"]),
@@ -183,9 +189,9 @@ def _rates_of_heads(studies: dict) -> str:
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table, or a sentence where it would have no rows."""
+    """A Markdown table; empty where it would have no rows."""
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) if rows else "Not run yet."
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) if rows else ""
 
 
 def _score(arm: dict | None) -> str:
@@ -226,7 +232,7 @@ def _times(studies: dict) -> str:
     columns = {"detection": "voc", "segmentation": "ade20k", "instances": "coco"}
     present = [study for study in columns if any("seconds_of_full" in row for row in studies.get(study, {}).values())]
     if not present:
-        return "Not measured yet."
+        return ""
     header = ["method"] + [text for study in present for text in (f"{study}, of full", "printed")]
     rows = []
     for arm in METHODS:
@@ -283,7 +289,7 @@ def claim_table(
     missing = [claim for claim in wanted if (claim.text, claim.study) not in run]
     rows += [[x.text, names.get(x.study, x.study), x.printed(), "", "", "", "not run"] for x in missing]
     if not rows:
-        return "Nothing to judge yet."
+        return ""
     header = ["claim", "study", "the paper", "ours, points (95 %)", "detectable", "p, corrected", "verdict"]
     points = "two points" if near == NEAR_ON_SCENES else "one point (in instances a quarter of a point)"
     return f"""{_table(header, rows)}
