@@ -133,7 +133,8 @@ def _on_scenes_in_short(summary: dict) -> list[str]:
     sections = {
         "methods": _methods(studies, "detection", "longer", "segmentation", "instances"),
         "premises": claim_table(summary["premises"]),
-        f"claims that were decided ({undecided} more are undecided)": claim_table(decided),
+        f"claims that were decided ({undecided} more are undecided)": claim_table(decided)
+        or ("None." if undecided else ""),
         "noise": _noise({study: summary["noise"][study] for study in STUDIES if study in summary["noise"]}),
     }
     return _titled(sections, "On generated scenes: ")
