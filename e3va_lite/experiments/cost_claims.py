@@ -62,7 +62,11 @@ COST_CLAIMS = tuple(
 def judged_costs(studies: dict[str, dict]) -> list[dict]:
     """The claims whose costs were measured: the share of the other method's, and a verdict as in :mod:`.claims`.
 
-    ``interval95`` and ``p``, corrected, are those of times.
+    Args:
+        studies: By study and arm ``peak`` and ``by_round``, see :func:`.reproduce.measure_costs`.
+
+    Returns:
+        A dictionary per claim. ``interval95`` and ``p``, corrected, are those of times.
     """
     found = [row for claim in COST_CLAIMS for row in _measured(claim, studies.get(claim.study, {}))]
     timed = [row for row in found if row["p"] is not None]

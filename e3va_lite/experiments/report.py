@@ -61,7 +61,7 @@ def summarise(lines: list[dict]) -> dict:
             "images": images,
             "premises": judged(PHOTOGRAPH_PREMISES, studies),
             "claims": judged(PHOTOGRAPH_CLAIMS, studies),
-            "costs": judged_costs(studies),
+            "costs": judged_costs({kind: {arm: row for (k, arm), row in costs.items() if k == kind} for kind in names}),
         },
         "premises": judged(PREMISES, studies),
         "claims": judged(CLAIMS, studies),
