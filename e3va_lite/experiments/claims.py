@@ -180,9 +180,10 @@ def judged(claims: Iterable[Claim], studies: dict[str, dict]) -> list[dict]:
     """The claims whose two arms were run: the difference with its interval, the corrected p-value and the verdict.
 
     The noise is that of all arms of a study, see :func:`.significance.noise`. A verdict is ``holds``, ``does not`` (the
-    opposite is significant), ``level`` (of two methods of which one is said to be better: the difference is smaller
-    than :func:`near_in`, either way) or ``undecided``. ``seeds_needed`` is how many seeds would decide it if the
-    difference is as large as was seen, see :meth:`.significance.Difference.seeds_needed`.
+    opposite is significant), ``level`` (neither, where one method is said to be better, but the difference is smaller
+    than :func:`near_in`, either way; these p-values are corrected by themselves) or ``undecided``. ``seeds_needed`` is
+    how many seeds would decide it if the difference is as large as was seen, see
+    :meth:`.significance.Difference.seeds_needed`.
     """
     found: list[tuple[Claim, Difference]] = []
     for claim in claims:
@@ -192,9 +193,9 @@ def judged(claims: Iterable[Claim], studies: dict[str, dict]) -> list[dict]:
             seeds = sorted(a.keys() & b.keys())
             shared = noise(arm["scores"] for arm in arms.values())
             found.append((claim, difference([a[s] for s in seeds], [b[s] for s in seeds], shared)))
-    one_sided = [_one_sided(claim, d) for claim, d in found]
-    # Of the three, two at most can be wrong at once: a difference is not both 0 and as large as what counts as near.
-    corrected = holm([min(1.0, 2 * min(ps.values())) for ps in one_sided])
+    one_sided = [(d.p_more(claim.margin), d.p_less(claim.margin)) for claim, d in found]
+    corrected = holm([min(1.0, 2 * min(pair)) for pair in one_sided])
+    level = _level(found)
     return [
         {
             "claim": claim.text,
@@ -207,20 +208,22 @@ def judged(claims: Iterable[Claim], studies: dict[str, dict]) -> list[dict]:
             "interval95": [d.low, d.high],
             "detectable": d.detectable,
             "seeds": d.seeds,
-            "seeds_needed": d.seeds_needed(claim.margin, len(found), _level(claim)),
-            "p": p,
-            "verdict": "undecided" if p >= LEVEL else min(ps, key=ps.get),
+            "seeds_needed": d.seeds_needed(claim.margin, len(found), 0.0 if claim.margin else near_in(claim.study)),
+            **_verdict(more < less, p, level.get(claim)),
         }
-        for (claim, d), ps, p in zip(found, one_sided, corrected, strict=True)
+        for (claim, d), (more, less), p in zip(found, one_sided, corrected, strict=True)
     ]
 
 
-def _one_sided(claim: Claim, d: Difference) -> dict[str, float]:
-    """The p-value of each verdict."""
-    ps = {"holds": d.p_more(claim.margin), "does not": d.p_less(claim.margin)}
-    return ps | {"level": d.p_level(near)} if (near := _level(claim)) else ps
+def _level(found: list[tuple[Claim, Difference]]) -> dict[Claim, float]:
+    """The p-value, corrected together, of each claim without a margin that the two methods are level."""
+    asked = [(claim, d) for claim, d in found if not claim.margin]
+    ps = holm([min(1.0, 2 * d.p_level(near_in(claim.study))) for claim, d in asked])
+    return {claim: p for (claim, _), p in zip(asked, ps, strict=True)}
 
 
-def _level(claim: Claim) -> float:
-    """How small a difference has to be for two methods to be level; 0 where the claim has a margin of its own."""
-    return 0.0 if claim.margin else near_in(claim.study)
+def _verdict(more: bool, p: float, level: float | None) -> dict:
+    """Whether one is better comes first: a difference may be sure and small."""
+    if p >= LEVEL and level is not None and level < LEVEL:
+        return {"p": level, "verdict": "level"}
+    return {"p": p, "verdict": "undecided" if p >= LEVEL else "holds" if more else "does not"}

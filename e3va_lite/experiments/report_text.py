@@ -295,10 +295,10 @@ def claim_table(
     points = "two points" if near == NEAR_ON_SCENES else "one point (in instances a quarter of a point)"
     return f"""{_table(header, rows)}
 
-*Near*: not worse by {points} or more. *Level*: a difference of less than that, either way. *Detectable*: the difference
-that so many seeds find with a probability of 80 %. Seeds that *would decide*: they do so with that probability, after
-the correction, if the difference is as large as the one seen.
-p-values are two-sided, corrected after Holm."""
+*Near*: not worse by {points} or more. *Level*: neither is surely better, and the difference is surely less than that.
+*Detectable*: the difference that so many seeds find with a probability of 80 %. Seeds that *would decide*: they do so
+with that probability, after the correction, if the difference is as large as the one seen. p-values are two-sided,
+corrected after Holm; those of *level* by themselves."""
 
 
 def cost_table(claims: list[dict], names: dict[str, str], wanted: Iterable[CostClaim] = ()) -> str:

@@ -2,7 +2,8 @@
 
 A claim is of one of two kinds. *More*: a is better than b. *Near*: a is not worse than b by the margin, which has to be
 named before anybody looks. That a is better may also turn out to be a difference too small to care about: *level*, less
-than that margin either way (two one-sided tests). Each has a p-value; those of all claims are corrected together.
+than that margin either way (two one-sided tests). Each has a p-value; those of all claims are corrected together, and
+those of *level* by themselves.
 
 A few pairs say little about their own spread. Where many methods were run with the same seeds, the spread is therefore
 that of all of them: a score is the method's, plus the seed's, plus noise that is as large for every method (a

@@ -55,6 +55,22 @@ def test_claims_on_photographs():
     assert found["names"] == NAMES and found["images"][DETECTION]["choose"]["count"] == 200
 
 
+@pytest.mark.parametrize(
+    ("extra", "verdict"),
+    [
+        ((0.0010, -0.0010, 0.0008, -0.0009), "level"),
+        ((0.0030, 0.0031, 0.0029, 0.0030), "holds"),  # small, but sure
+        ((0.0150, -0.0100, 0.0200, -0.0200), "undecided"),
+    ],
+)
+def test_level_is_what_is_neither_better_nor_worse_by_what_counts(extra, verdict):
+    e3va = [score + more for score, more in zip(FIXED, extra, strict=True)]
+    (claim,) = report.summarise(lines_of({(DETECTION, "fixed"): FIXED, (DETECTION, "e3va"): e3va}))["photographs"][
+        "claims"
+    ]
+    assert claim["verdict"] == verdict and (claim["p"] < 0.05) == (verdict != "undecided")
+
+
 def test_of_a_study_the_newest_photographs_count():
     old = lines_of({(DETECTION, "fixed"): [0.9, 0.9]})
     lines = [{**line, "study": "others"} for line in old] + lines_of(ARMS)

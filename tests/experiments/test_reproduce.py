@@ -280,8 +280,6 @@ def test_verdicts():
             ("detection", "full"): [0.4, 0.41, 0.42, 0.39],
             ("longer", "e3va"): [0.30, 0.31, 0.29, 0.305],
             ("longer", "stacked"): [0.1, 0.5, 0.2, 0.4],
-            ("segmentation", "e3va"): [0.30, 0.31, 0.29, 0.305],
-            ("segmentation", "e3va+"): [0.301, 0.309, 0.291, 0.306],
         }
     )
     assert found == {
@@ -289,7 +287,6 @@ def test_verdicts():
         "E3VA is near adapters inside the backbone": "holds",
         "E3VA is near full fine-tuning": "does not",
         "Parallel adapters are better than stacked ones": "undecided",
-        "e3va+ is better than e3va": "level",
     }
 
 
