@@ -23,7 +23,7 @@ from .claims import CLAIMS, PHOTOGRAPH_CLAIMS, PHOTOGRAPH_PLACES, PHOTOGRAPH_PRE
 from .cost_claims import judged_costs
 from .report_text import METRICS, as_markdown
 from .reproduce import chosen_rate
-from .significance import Noise, interval, noise
+from .significance import interval, noise
 from .studies import ARMS, COMPARED, FEW_KIND, ON_PHOTOGRAPHS, STUDIES, spec_for
 
 
@@ -34,12 +34,12 @@ def summarise(lines: list[dict]) -> dict:
         lines: Of finished runs and measured costs.
 
     Returns:
-        ``studies``: per study and arm the chosen learning rate, scores by seed, mean, half of the 95 % interval,
-        trained parameters, and peak and seconds where they were measured; ``premises`` and ``claims`` on generated
-        scenes, see :func:`.claims.judged`; ``photographs``: the same two on photographs, those about ``costs``, and
-        the studies' ``names`` and ``images``; ``noise``: of each study with two arms or more, see
-        :func:`.significance.noise`; ``failed``: runs that diverged; ``runs``: how many lines there are; ``measured``:
-        devices, versions and dates.
+        ``studies``: per study and arm the chosen learning rate, scores by seed, mean, half of the 95 % interval (of
+        the noise that the study's arms share, see :meth:`.significance.Noise.half`), trained parameters, and peak and
+        seconds where they were measured; ``premises`` and ``claims`` on generated scenes, see :func:`.claims.judged`;
+        ``photographs``: the same two on photographs, those about ``costs``, and the studies' ``names`` and ``images``;
+        ``noise``: of each study with two arms or more, see :func:`.significance.noise`; ``failed``: runs that
+        diverged; ``runs``: how many lines there are; ``measured``: devices, versions and dates.
     """
     lines = [{**line, "kind": line.get("kind", line.get("study"))} for line in lines]
     runs = [line for line in lines if line.get("purpose") in ("choose", "test")]
@@ -53,6 +53,10 @@ def summarise(lines: list[dict]) -> dict:
         studies[kind] = {arm: {**found, **costs.get((kind, arm), {})} for arm, found in arms.items() if found}
         for run in own if kind in names else ():
             images[kind] |= run["images"]
+    shared = {kind: noise(arm["scores"] for arm in arms.values()) for kind, arms in studies.items() if len(arms) > 1}
+    for kind, found in shared.items():
+        for arm in studies[kind].values():
+            arm["half"] = found.half(len(arm["scores"]))
     measured = {(line["device"], line["versions"]["torch"], line["precision"], line["date"]) for line in runs}
     return {
         "studies": studies,
@@ -65,11 +69,7 @@ def summarise(lines: list[dict]) -> dict:
         },
         "premises": judged(PREMISES, studies),
         "claims": judged(CLAIMS, studies),
-        "noise": {
-            kind: asdict(noise(arm["scores"] for arm in arms.values()))
-            for kind, arms in studies.items()
-            if len(arms) > 1
-        },
+        "noise": {kind: asdict(found) for kind, found in shared.items()},
         "failed": [f"{x['study']}, {x['arm']}, lr {x['lr']}" for x in runs if x["status"] == "failed"],
         "runs": len(runs),
         "measured": sorted(measured),
@@ -110,13 +110,10 @@ def _trade_off(summary: dict, titles: dict[str, str]) -> Figure | None:
     Of the methods those that every task on photographs compares, without training from scratch: it is a premise, no
     choice that anybody has, and lies so far below the others that they would all be at one height.
     """
-    studies: dict[str, dict] = {title: {} for title in titles.values()}
-    for kind, title in titles.items():
-        for arm, found in summary["studies"][kind].items():
-            if arm in COMPARED and arm != "from scratch" and kind in summary["noise"]:
-                half = Noise(**summary["noise"][kind]).half(len(found["scores"]))
-                studies[title][arm] = {**found, "half": half}
-    return memory_trade_off(studies, [METRICS[kind] for kind in titles])
+    shown = [arm for arm in ARMS if arm in COMPARED and arm != "from scratch"]
+    studies = summary["studies"]
+    panels = {t: {arm: studies[kind][arm] for arm in shown if arm in studies[kind]} for kind, t in titles.items()}
+    return memory_trade_off(panels, [METRICS[kind] for kind in titles])
 
 
 def write(lines: list[dict], folder: Path, costs: dict | None = None) -> dict:

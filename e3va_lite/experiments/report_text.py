@@ -170,8 +170,9 @@ def _setting(summary: dict) -> str:
     failed = "; ".join(summary["failed"]) or "none"
     return (
         f"{summary['runs']} runs on {', '.join(devices)}, {dates[0]} to {dates[-1]}. Scores are percent on test "
-        "images: mean over seeds, half of the 95 % interval (Student's t), number of seeds. Learning rates were chosen "
-        f"per method on other images. Diverged, counted as 0: {failed}."
+        "images: mean over seeds, half of the 95 % interval, number of seeds. The interval is for comparing the "
+        "methods of a study: it is made of the noise that they share, without what all have in common in a seed. "
+        f"Learning rates were chosen per method on other images. Diverged, counted as 0: {failed}."
     )
 
 
