@@ -19,7 +19,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from ..analysis.plots import memory_trade_off, neighbours_figure
-from .claims import CLAIMS, PHOTOGRAPH_CLAIMS, PHOTOGRAPH_PLACES, PHOTOGRAPH_PREMISES, PREMISES, judged
+from .claims import CLAIMS, PHOTOGRAPH_CLAIMS, PHOTOGRAPH_PREMISES, PREMISES, judged
 from .cost_claims import judged_costs
 from .report_text import METRICS, as_markdown
 from .reproduce import chosen_rate
@@ -99,9 +99,9 @@ def _arm(runs: list[dict]) -> dict | None:
 
 
 def photographs_figure(summary: dict) -> Figure | None:
-    """Accuracy over memory on photographs, a panel per task; None where no memory was measured."""
+    """Accuracy over memory on photographs, a panel per task and one of the ViT; None where no memory was measured."""
     names = summary["photographs"]["names"]
-    return _trade_off(summary, {kind: names[kind] for kind in PHOTOGRAPH_PLACES if kind in names and kind != FEW_KIND})
+    return _trade_off(summary, {kind: names[kind] for kind in ON_PHOTOGRAPHS if kind in names and kind != FEW_KIND})
 
 
 def _trade_off(summary: dict, titles: dict[str, str]) -> Figure | None:
