@@ -10,6 +10,7 @@ none of which had been run, moved there, for variants of something that does not
 the noise of each claim was that of its own pairs until there were three seeds in two studies on photographs, where it
 decided none of ten claims; since then it is that of all arms of a study. That two methods can be level became a verdict
 when 2 of 13 claims on photographs and 10 of 37 on scenes were decided; what counts as near was written down before.
+With the ViT, seeds 2 and 3 of E3VA and of the frozen backbone were added when two seeds had left their claim undecided.
 """
 
 import json
