@@ -155,7 +155,7 @@ def memory_trade_off(studies: dict[str, dict], metrics: list[str]) -> Figure | N
             panels.append((title, metric, {name: arms[name] for name in names}))
     if not panels:
         return None
-    columns = 2 if len(panels) == 4 else min(len(panels), 3)
+    columns = 2 if len(panels) == 4 else min(len(panels), 3)  # four make a square
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(max(4.5, 2.7 * columns), 0.7 + 2.6 * rows), dpi=DPI)
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
